@@ -1,0 +1,1 @@
+"""MiniMind's shared package: everything the numbered scripts have in common."""
