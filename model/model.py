@@ -1,0 +1,395 @@
+"""The MiniMind transformer: a Llama-style decoder, dense or with a mixture of experts (DeepSeek-V2 style).
+
+Shape letters in comments: B batch, T new tokens, K keys (cached and new), H query heads, G key/value heads,
+D head size, C model width, V vocabulary, E routed experts, N = B * T.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .LMConfig import LMConfig
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, in float32 whatever the input (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_frequencies(config):
+    """Angle per position of each rotary pair, float32 [D / 2], and the factor cos and sin are multiplied by.
+
+    Plain: theta^(-2i / D) (Su et al. 2021, arXiv 2104.09864). Linear scaling divides every angle by the factor (Chen et
+    al. 2023, arXiv 2306.15595). YaRN divides only the slow pairs, those that turn less than beta_slow times within the
+    trained length, keeps those that turn more than beta_fast times, blends between, and sharpens attention by
+    0.1 ln(factor) + 1 (Peng et al. 2023, arXiv 2309.00071, eqs. 22-23).
+    """
+    size, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    pair = torch.arange(0, size, 2, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (pair / size)
+    if scaling is None:
+        return frequencies, 1.0
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor, 1.0
+    trained = scaling.get("original_max_position_embeddings") or config.max_seq_len / factor
+
+    def pair_that_turns(turns):
+        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32.0)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1.0)), size - 1)
+    slow = ((torch.arange(size // 2) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    attention_factor = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1.0
+    return frequencies / factor * slow + frequencies * (1 - slow), attention_factor
+
+
+class RotaryTable:
+    """cos and sin of every position as one float32 tensor [positions, D / 2, 2], made on first use, doubled when outgrown.
+
+    Neither parameter nor buffer, so .to(bfloat16) cannot round it and from_pretrained, which builds models on the
+    meta device, cannot leave it unfilled.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.table = None
+
+    def __call__(self, positions, device):
+        """The first `positions` rows, float32 [positions, D / 2, 2], on `device`."""
+        if self.table is None or self.table.shape[0] < positions or self.table.device != device:
+            known = 0 if self.table is None else self.table.shape[0]
+            rows = max(positions if positions <= known else 2 * known, positions, self.config.max_seq_len)
+            frequencies, scale = rope_frequencies(self.config)
+            angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
+            self.table = (torch.stack((angles.cos(), angles.sin()), dim=-1) * scale).to(device)
+        return self.table[:positions]
+
+
+def apply_rotary(x, rotary):
+    """Turn the interleaved pairs (2i, 2i+1) of x [B, T, heads, D] by rotary [T or B x T, 1, D / 2, 2]; same dtype back.
+
+    A pair is a complex number and turning it a complex product: one pass over memory. torch.compile cannot fuse
+    complex numbers, so compiled code spells the product out.
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        turned = torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary))
+    return turned.flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads (GQA; Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.dropout, self.flash_attn = config.dropout, config.flash_attn
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        self.wo.writes_residual = True
+
+    def forward(self, x, rotary, mask, kv_cache, layer_index):
+        """x [B, T, C] -> [B, T, C]. mask: bool [B or 1, 1, T, K], True may be attended; None means plainly causal."""
+        batch, length, _ = x.shape
+        query = apply_rotary(self.wq(x).view(batch, length, self.n_heads, self.head_dim), rotary).transpose(1, 2)
+        key = apply_rotary(self.wk(x).view(batch, length, self.n_kv_heads, self.head_dim), rotary).transpose(1, 2)
+        value = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        if kv_cache is not None:
+            key, value = kv_cache.update(key, value, layer_index)
+        attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
+        output = attend(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and length > 1,
+            enable_gqa=self.n_heads != self.n_kv_heads,
+        )
+        output = self.wo(output.transpose(1, 2).reshape(batch, length, -1))
+        return F.dropout(output, self.dropout, self.training)
+
+
+def plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    """softmax(Q K^T / sqrt(D)) V written out, with scaled_dot_product_attention's arguments (flash_attn=False)."""
+    if enable_gqa:
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = torch.softmax(scores.float(), dim=-1).to(query.dtype)
+    return F.dropout(weights, dropout_p) @ value
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, dim, hidden_dim, dropout=0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w2.writes_residual = True
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x):
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class MoEGate(nn.Module):
+    """The router: softmax over experts, the top k of them, their weights renormalised to sum to one.
+
+    `expert_load` [E], for the logs: the share of real tokens' choices each expert got in the last forward pass.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.alpha, self.per_sequence = config.aux_loss_alpha, config.seq_aux
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+        self.expert_load = None
+
+    def forward(self, x, token_mask=None):
+        """x [B, T, C], token_mask [B, T] (1 = real token) -> weights [N, k], experts [N, k], aux_loss scalar."""
+        # Routing decides in float32 in every mode: a bfloat16 router would pick other experts in training than after it.
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            scores = F.linear(x.float(), self.weight.float()).softmax(dim=-1)  # [B, T, E]
+        weights, experts = scores.topk(self.top_k, dim=-1, sorted=False)
+        if self.normalise and self.top_k > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights.flatten(0, 1), experts.flatten(0, 1), self.balance_loss(scores, experts, token_mask)
+
+    def balance_loss(self, scores, experts, token_mask):
+        """alpha * sum_e f_e P_e: f_e the load of expert e (1 when balanced), P_e its mean probability, both within each
+        sequence and averaged over sequences (seq_aux; DeepSeek-V2, arXiv 2405.04434, eqs. 23-25) or over the batch."""
+        if token_mask is None:
+            token_mask = torch.ones(scores.shape[:2], device=scores.device)
+        if not self.per_sequence:
+            scores, experts, token_mask = (part.flatten(0, 1)[None] for part in (scores, experts, token_mask))
+        real = token_mask.to(scores.dtype)
+        tokens = real.sum(dim=1, keepdim=True).clamp(min=1)  # [B, 1]
+        picked = torch.zeros_like(scores).scatter_(2, experts, 1.0) * real[..., None]
+        share = picked.sum(dim=1) / (tokens * self.top_k)  # [B, E], sums to one
+        self.expert_load = share.mean(dim=0)
+        load = share * scores.shape[-1]
+        probability = (scores * real[..., None]).sum(dim=1) / tokens
+        return self.alpha * (load * probability).sum(dim=1).mean()
+
+
+class Permute(torch.autograd.Function):
+    """Rows of x in another order. Knowing the inverse makes the gradient a gather too: no atomics, deterministic."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None
+
+
+class MOEFeedForward(nn.Module):
+    """Routed experts, each a SwiGLU, weighted by the gate, plus shared experts that see every token."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.experts = nn.ModuleList(
+            FeedForward(config.dim, config.hidden_dim, config.dropout) for _ in range(config.n_routed_experts)
+        )
+        self.gate = MoEGate(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = FeedForward(config.dim, config.hidden_dim * config.n_shared_experts, config.dropout)
+
+    def forward(self, x, token_mask=None):
+        """x [B, T, C] -> output [B, T, C], aux_loss scalar."""
+        weights, experts, aux_loss = self.gate(x, token_mask)
+        output = self.routed(x.reshape(-1, x.shape[-1]), weights, experts).view_as(x)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(x)
+        return output, aux_loss
+
+    @torch.compiler.disable
+    def routed(self, x, weights, experts):
+        """x [N, C], weights and experts [N, k] -> [N, C]. Copies of tokens are sorted by expert, each expert works on
+        one contiguous slice, and the results go back to token order: the loop is over experts, never over tokens."""
+        order = experts.flatten().argsort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        counts = experts.flatten().bincount(minlength=len(self.experts))
+        copies = x[:, None].expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
+        slices = Permute.apply(copies, order, inverse).split(counts.tolist())
+        results = torch.cat([expert(part) for expert, part in zip(self.experts, slices) if len(part)])
+        results = Permute.apply(results, inverse, order).view(-1, self.top_k, x.shape[-1])
+        return (results * weights[..., None].to(results.dtype)).sum(dim=1).to(x.dtype)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config, layer_index):
+        super().__init__()
+        self.layer_index = layer_index
+        self.attention = Attention(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        moe = config.use_moe
+        self.feed_forward = MOEFeedForward(config) if moe else FeedForward(config.dim, config.hidden_dim, config.dropout)
+
+    def forward(self, x, rotary, mask, kv_cache, token_mask):
+        """x [B, T, C] -> x [B, T, C], aux_loss (None when dense)."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask, kv_cache, self.layer_index)
+        normed = self.ffn_norm(x)
+        if isinstance(self.feed_forward, MOEFeedForward):
+            output, aux_loss = self.feed_forward(normed, token_mask)
+            return x + output, aux_loss
+        return x + self.feed_forward(normed), None
+
+
+@dataclass
+class MiniMindOutput(ModelOutput):
+    """loss: cross-entropy alone; aux_loss: MoE balance loss, already times alpha (0 when dense); logits [B, T, V]."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class Transformer(PreTrainedModel, GenerationMixin):
+    """MiniMind v1's model under v1's state-dict names. Input and output embeddings are one matrix."""
+
+    config_class = LMConfig
+    base_model_prefix = ""
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+    _no_split_modules = ["TransformerBlock"]
+    _supports_sdpa = True
+
+    def __init__(self, config=None):
+        super().__init__(config or LMConfig())
+        config = self.config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output.weight = self.tok_embeddings.weight
+        self.rotary_table = RotaryTable(config)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """Normal(0, 0.02); matrices that write to the residual stream, wo and w2, are scaled by 1 / sqrt(2 n_layers) so
+        that its variance does not grow with depth (Radford et al. 2019, GPT-2, section 2.3)."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            depth = 2 * self.config.n_layers if getattr(module, "writes_residual", False) else 1
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(depth))
+        elif isinstance(module, MoEGate):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self):
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value):
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self):
+        return self.output
+
+    def set_output_embeddings(self, value):
+        self.output = value
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        labels=None,
+        kv_cache=None,
+        position_ids=None,
+        num_items_in_batch=None,
+        logits_to_keep=0,
+        padding_side=None,
+        return_logits=True,
+    ):
+        """Run the model over input_ids [B, T].
+
+        attention_mask [B, K]: 1 for real tokens, 0 for padding, over cached and new tokens. padding_side="right"
+            promises that padding only follows real tokens: causality then hides it and the fast kernel stays in use.
+        labels [B, T]: labels[i] is input_ids[i] or -100 (ignored); the shift by one happens here.
+        kv_cache: update(key, value, layer_index) stores and returns all keys and values; get_seq_length() tells how
+            many tokens each row holds already, an int or a LongTensor [B].
+        position_ids [T] or [B, T]: default, the token's place after the cached ones.
+        num_items_in_batch: divide the summed loss by this instead of the number of supervised targets.
+        logits_to_keep: logits of only the last so many positions (0: all).
+        return_logits=False (training): .logits is None and the loss never holds [B, T, V] numbers at once.
+        """
+        past = 0 if kv_cache is None else kv_cache.get_seq_length()
+        mask = self.attention_mask_4d(input_ids, attention_mask, past, padding_side)
+        rotary = self.rotary(input_ids, past, position_ids)
+        token_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        x = F.dropout(self.tok_embeddings(input_ids), self.config.dropout, self.training)
+        aux_losses = []
+        for layer in self.layers:
+            x, aux_loss = layer(x, rotary, mask, kv_cache, token_mask)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        x = self.norm(x)
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else x.new_zeros((), dtype=torch.float32)
+        loss = None if labels is None else self.token_loss(x, labels, num_items_in_batch)
+        logits = self.output(x[:, -logits_to_keep:]) if return_logits else None  # [:, -0:] is all of them
+        return MiniMindOutput(loss=loss, logits=logits, aux_loss=aux_loss)
+
+    def rotary(self, input_ids, past, position_ids):
+        """cos and sin of the new tokens' positions, float32 [T or B x T, 1, D / 2, 2]."""
+        length, device = input_ids.shape[1], input_ids.device
+        if position_ids is None and isinstance(past, int):
+            return self.rotary_table(past + length, device)[past:, None]
+        if position_ids is None:
+            position_ids = past[:, None] + torch.arange(length, device=device)
+        return self.rotary_table(int(position_ids.max()) + 1, device)[position_ids].unsqueeze(-3)
+
+    def attention_mask_4d(self, input_ids, attention_mask, past, padding_side):
+        """bool [B or 1, 1, T, K], True where a query may look, or None where plain causality says all there is to say."""
+        length, device = input_ids.shape[1], input_ids.device
+        if padding_side == "right" or attention_mask is None:
+            if isinstance(past, int) and (past == 0 or length == 1):
+                return None
+        ragged = not isinstance(past, int)
+        slots = torch.arange(length, device=device) + (past[:, None] if ragged else past)  # [T] or [B, T]
+        keys = (int(past.max()) if ragged else past) + length
+        allowed = torch.arange(keys, device=device) <= slots[..., None]
+        allowed = allowed.view(-1, 1, length, keys)
+        if attention_mask is not None and padding_side != "right":
+            own = torch.arange(keys, device=device) == slots[..., None]  # a padding query must see something, else NaN
+            allowed = allowed & (attention_mask[:, None, None, :].bool() | own.view(-1, 1, length, keys))
+        return allowed
+
+    def token_loss(self, x, labels, num_items_in_batch):
+        """Cross-entropy of x [B, T, C] against labels [B, T] shifted by one; see forward."""
+        logits = self.output(x[:, :-1]).flatten(0, 1).float()
+        targets = labels[:, 1:].flatten()
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum().clamp(min=1)
+        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_items_in_batch
