@@ -1,0 +1,202 @@
+"""The tokenizer: text <-> ids, conversations -> (ids, loss mask), and a decoder for streams of ids.
+
+One turn of a conversation is `<s>role\\n` content `</s>\\n`. Only this module spells that format: `render_conversation`
+gives it as ids, CHAT_TEMPLATE as Jinja for other programs. Both agree on ordinary text; they differ where content spells
+a control token. `render_conversation` keeps the content exactly and lets it never become a control token, which text
+passed through a template cannot have both: so the template writes `<s>` in content as `< s>`, visibly.
+
+train_tokenizer.py splits every newline off as a token of its own, so encoding pieces separately equals encoding the
+joined text wherever the pieces meet at a newline.
+"""
+
+import codecs
+import hashlib
+import json
+import weakref
+from pathlib import Path
+
+from model.cli import UserError
+from model.files import atomic_write
+
+DEFAULT_TOKENIZER_PATH = Path(__file__).parent / "minimind_tokenizer"
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2: unknown and padding, start of a turn, end of a turn or document
+ROLES = ("system", "user", "assistant")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' ~ message['role'] ~ ', expected system, user or assistant') }}"
+    "{% endif %}"
+    "{{ '<s>' ~ message['role'] ~ '\\n' }}"
+    "{{ message['content'] | replace('<s>', '< s>') | replace('</s>', '< /s>') | replace('<unk>', '< unk>') }}"
+    "{{ '</s>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+
+
+def load_tokenizer(path=DEFAULT_TOKENIZER_PATH):
+    """Read a tokenizer folder (tokenizer.json, tokenizer_config.json) as a transformers fast tokenizer.
+
+    Raises UserError for a folder that is missing, unreadable, or whose tokenizer lacks <s> or </s>.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    path = Path(path)
+    if not (path / "tokenizer.json").is_file():
+        reason = "has no tokenizer.json" if path.is_dir() else "no such tokenizer folder"
+        raise UserError(f"{path}: {reason}; train one with train_tokenizer.py --output_dir, or correct --tokenizer_path")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: damaged tokenizer folder ({lines[0]}); train it again with train_tokenizer.py") from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: names no bos_token and eos_token in tokenizer_config.json; expected <s> and </s>")
+    return tokenizer
+
+
+def save_tokenizer(backend, directory):
+    """Write a `tokenizers.Tokenizer` as the folder that load_tokenizer and transformers' AutoTokenizer read.
+
+    Each file appears atomically, and tokenizer.json, the only one that depends on training, last.
+    """
+    unknown, start, end = SPECIAL_TOKENS
+    names = {"bos_token": start, "eos_token": end, "unk_token": unknown, "pad_token": unknown}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,  # it would delete spaces before punctuation: decoding must lose nothing
+        "model_max_length": 1_000_000,  # the context belongs to the model, not to the tokenizer
+        "chat_template": CHAT_TEMPLATE,
+    }
+    directory = Path(directory)
+    for name, content in (
+        ("special_tokens_map.json", json.dumps(names, indent=2)),
+        ("tokenizer_config.json", json.dumps(config, indent=2)),
+        ("tokenizer.json", backend.to_str(pretty=True)),
+    ):
+        with atomic_write(directory / name) as handle:
+            handle.write(content.encode() + b"\n")
+
+
+class _Derived:
+    """What is computed once per tokenizer: an encoder that knows no control tokens, and the bytes behind every id."""
+
+    def __init__(self, tokenizer):
+        from tokenizers import Tokenizer
+
+        definition = json.loads(tokenizer.backend_tokenizer.to_str())
+        definition.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
+        self.encoder = Tokenizer.from_str(json.dumps(definition))
+        self.newline = self.encode(["\n"])[0]
+        self.headers = {role: [tokenizer.bos_token_id, *self.encode([f"{role}\n"])[0]] for role in ROLES}
+        self.token_bytes = _token_bytes(tokenizer)
+
+    def encode(self, texts):
+        return [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+_derived_by_tokenizer = weakref.WeakKeyDictionary()
+
+
+def _derived(tokenizer):
+    if tokenizer not in _derived_by_tokenizer:
+        _derived_by_tokenizer[tokenizer] = _Derived(tokenizer)
+    return _derived_by_tokenizer[tokenizer]
+
+
+def encode_text(tokenizer, text):
+    """Ids of `text`, none of them a control token even where the text spells "</s>"."""
+    return _derived(tokenizer).encode([text])[0]
+
+
+def encode_texts(tokenizer, texts):
+    """encode_text of each of a list of texts, on all cores."""
+    return _derived(tokenizer).encode(texts)
+
+
+def render_conversation(tokenizer, messages, add_generation_prompt=False, last_turn_only=False):
+    """Encode one conversation; see render_conversations."""
+    return render_conversations(tokenizer, [messages], add_generation_prompt, last_turn_only)[0]
+
+
+def render_conversations(tokenizer, conversations, add_generation_prompt=False, last_turn_only=False):
+    """Encode conversations, each a list of {"role", "content"}, on all cores -> list of (ids, mask).
+
+    `mask` is 1 on the content and the `</s>` of every assistant turn (with last_turn_only: of the last one), else 0.
+    `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
+    without a known role or without text.
+    """
+    derived = _derived(tokenizer)
+    contents = iter(derived.encode([_checked_content(message) for messages in conversations for message in messages]))
+    rendered = []
+    for messages in conversations:
+        ids, mask = [], []
+        assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        supervised = set(assistant_turns[-1:] if last_turn_only else assistant_turns)
+        for index, message in enumerate(messages):
+            header, content = derived.headers[message["role"]], next(contents)
+            ids += [*header, *content, tokenizer.eos_token_id, *derived.newline]
+            mask += [0] * len(header) + [int(index in supervised)] * (len(content) + 1) + [0] * len(derived.newline)
+        if add_generation_prompt:
+            ids += derived.headers["assistant"]
+            mask += [0] * len(derived.headers["assistant"])
+        rendered.append((ids, mask))
+    return rendered
+
+
+def _checked_content(message):
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f"message {str(message)[:60]!r}: its role must be one of {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise UserError(f"message of role {message['role']}: its content must be text, not {message.get('content')!r}")
+    return message["content"]
+
+
+def _token_bytes(tokenizer):
+    """The bytes of every id, by the table of byte-level BPE (GPT-2's: printable Latin-1 stands for itself)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    table = [b""] * len(tokenizer)
+    for token, token_id in tokenizer.get_vocab().items():
+        known = all(character in byte_of for character in token)  # an added token is stored as plain text instead
+        table[token_id] = bytes(byte_of[character] for character in token) if known else token.encode()
+    for token_id in tokenizer.all_special_ids:
+        table[token_id] = b""
+    return table
+
+
+def token_bytes(tokenizer):
+    """The list of every id's bytes (control tokens: none); its lengths turn loss per token into bits per byte."""
+    return _derived(tokenizer).token_bytes
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, never half a character: the pieces join to
+    `tokenizer.decode(ids, skip_special_tokens=True)`. Bytes that are no UTF-8 become U+FFFD, as in a full decode.
+    """
+
+    def __init__(self, tokenizer):
+        self.token_bytes = token_bytes(tokenizer)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id):
+        """The characters that `token_id` completes; "" while one is incomplete, for control tokens and unknown ids."""
+        known = 0 <= token_id < len(self.token_bytes)
+        return self.decoder.decode(self.token_bytes[token_id] if known else b"")
+
+    def flush(self):
+        """What is left at the end: U+FFFD for an unfinished character, else ""."""
+        return self.decoder.decode(b"", final=True)
+
+
+def tokenizer_hash(tokenizer):
+    """Hex digest of all that decides ids: vocabulary, merges, normalizer, splitting. The same in every library version."""
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in definition["model"].get("merges", [])]
+    deciding = [sorted(tokenizer.get_vocab().items()), merges, definition["normalizer"], definition["pre_tokenizer"]]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
