@@ -342,7 +342,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
             many tokens each row holds already, an int or a LongTensor [B].
         position_ids [T] or [B, T]: default, the token's place after the cached ones.
         num_items_in_batch: divide the summed loss by this instead of the number of supervised targets.
-        logits_to_keep: logits of only the last so many positions (0: all).
+        logits_to_keep: logits of only the last so many positions (0: all), or LongTensor [B, n]: of these positions.
         return_logits=False (training): .logits is None and the loss never holds [B, T, V] numbers at once.
         """
         past = 0 if kv_cache is None else kv_cache.get_seq_length()
@@ -358,6 +358,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x = self.norm(x)
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else x.new_zeros((), dtype=torch.float32)
         loss = None if labels is None else self.token_loss(x, labels, num_items_in_batch)
+        if isinstance(logits_to_keep, torch.Tensor):
+            x = x.take_along_dim(logits_to_keep[..., None], dim=1)
+            logits_to_keep = 0
         logits = self.output(x[:, -logits_to_keep:]) if return_logits else None  # [:, -0:] is all of them
         return MiniMindOutput(loss=loss, logits=logits, aux_loss=aux_loss)
 
