@@ -1,0 +1,591 @@
+"""The demo's data: a small world of true facts, kept as tables, told as the raw corpora that real data comes in.
+
+dataset/demo_world/ holds what a learner edits: one CSV row is one thing, relations.json says which column is asked about
+and in which words. From these, DemoWorld makes for every stage what it trains on (raw files for data_process.py) and what
+it is tested on, of which no question, pair or text is ever trained on:
+
+    stage                  trained on                                    held out
+    pretraining            statements, dialogues, stories                other sentence patterns (pretrain.csv, cloze.jsonl)
+    SFT, single turn       8 or more phrasings of each question          other phrasings (facts.jsonl), operands (arithmetic.jsonl)
+    SFT, multi-turn        what was told x how it is asked, 3 in 4       the other pairs (multi_turn.jsonl)
+    preferences            4 facts in 5                                  the fifth (dpo.json)
+    exam                   nothing                                       multiple choice as in C-Eval (dev, val)
+
+Every choice is drawn from a generator seeded by `seed` and the purpose, so parts can be changed without moving others.
+"""
+
+import collections
+import csv
+import functools
+import itertools
+import json
+import random
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.cli import UserError
+from model.files import atomic_write
+
+DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / "dataset" / "demo_world"
+LETTERS = "ABCD"
+DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """One thing's one property: the capital of France. `fields` fill the sentence patterns in `patterns`."""
+
+    relation: str
+    entity: str
+    value: str
+    fields: dict
+    patterns: dict
+
+    def fill(self, pattern):
+        return pattern.format_map(self.fields)
+
+    @property
+    def answer(self):
+        return self.fill(self.patterns["answer"])
+
+    def questions(self, kind="questions"):
+        return [self.fill(pattern) for pattern in self.patterns.get(kind, ())]
+
+    def retold(self, value):
+        """The answer with another value in it."""
+        return self.patterns["answer"].format_map({**self.fields, "value": value})
+
+
+# ------------------------------------------------------------------------------------------------- reading the tables
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_table(path):
+    """[(line number, {column: cell})] of a CSV file; UserError for a row with missing or surplus cells."""
+    try:
+        with open(path, encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle, strict=True)
+            rows = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a UTF-8 CSV file ({error})") from None
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise UserError(f"{path}:{line}: expected {len(reader.fieldnames)} cells: {','.join(reader.fieldnames)}")
+    return rows
+
+
+def read_facts(directory):
+    """All facts, in the order of relations.json. An empty cell means: no such fact. UserError names the faulty line."""
+    description = read_json(directory / "relations.json")
+    relations, facts, answers = description["relations"], [], {}
+    for name, relation in relations.items():
+        relation = {**relations.get(relation.get("extends"), {}), **relation}
+        relation = {**description["frames"][relation["frame"]], **relation}
+        path = directory / f"{relation['table']}.csv"
+        for line, row in read_table(path):
+            try:
+                fact = make_fact(name, relation, row)
+            except KeyError as error:
+                raise UserError(f"{directory / 'relations.json'}: {name} uses {error}, not a column of {path.name}") from None
+            if fact is None:
+                continue
+            for question in fact.questions() + fact.questions("heldout_questions"):
+                if answers.setdefault(question, fact.answer) != fact.answer:
+                    raise UserError(f"{path}:{line}: second answer to {question} besides {answers[question]}")
+            facts.append(fact)
+    return facts
+
+
+def make_fact(name, relation, row):
+    """The Fact of one table row, or None where a cell is empty."""
+    entity, value = row[relation.get("entity", "name")], row[relation["value"]]
+    if not entity or not value:
+        return None
+    words = {key: relation[key].format_map(row) for key in ("noun", "ask") if key in relation}
+    fact = Fact(name, entity, value, {**row, **words, "name": entity, "value": value}, relation)
+    for kind in ("statements", "heldout_statements", "questions", "heldout_questions", "followups"):
+        fact.questions(kind)  # an unknown placeholder shows here
+    return fact
+
+
+# --------------------------------------------------------------------------------------------------------- the world
+
+
+class DemoWorld:
+    """The tables, and the seeded decisions which questions and pairs are held out.
+
+    directory: folder of the tables. seed: any int; the same seed gives the same files byte for byte.
+    Raises UserError when a table is missing or contradicts itself.
+    """
+
+    def __init__(self, seed=0, directory=DEFAULT_DIRECTORY):
+        directory = Path(directory)
+        self.seed = seed
+        self.facts = read_facts(directory)
+        self.chat, self.memory, self.arithmetic, self.endings = (
+            read_json(directory / f"{name}.json") for name in ("chat", "memory", "arithmetic", "preferences")
+        )
+        self.texts = (directory / "texts.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        self.by_relation, self.by_entity = collections.defaultdict(list), collections.defaultdict(list)
+        for fact in self.facts:
+            self.by_relation[fact.relation].append(fact)
+            self.by_entity[fact.patterns["table"], fact.entity].append(fact)
+        self.problems, self.heldout_problems = self.split_arithmetic()
+        self.heldout_asks = self.split_memory()
+        self.followups, self.heldout_followups = self.split_followups()
+        self.ellipses, self.heldout_ellipses = self.split_ellipses()
+        self.preferred, self.heldout_preferred = self.split(self.facts, "preferences", 0.2)
+
+    def random(self, purpose):
+        return random.Random(f"{self.seed}:{purpose}")
+
+    def split(self, items, purpose, share):
+        """(training, held-out) parts of a shuffled copy of `items`."""
+        items = list(items)
+        self.random(purpose).shuffle(items)
+        count = round(len(items) * share)
+        return items[count:], items[:count]
+
+    def split_arithmetic(self):
+        """Problems are dicts a, b, c, word, sign, task; one pair of operands in seven is held out."""
+        problems = []
+        for task, signs in self.arithmetic.items():
+            if isinstance(signs, dict):
+                operands = (range(low, high + 1) for low, high in (signs["left"], signs["right"]))
+                for a, b in itertools.product(*operands):
+                    c = {"addition": a + b, "subtraction": a - b, "multiplication": a * b}[task]
+                    if c >= 0:
+                        problems.append({"a": a, "b": b, "c": c, "word": signs["word"], "sign": signs["sign"], "task": task})
+        return self.split(problems, "arithmetic", 1 / 7)
+
+    def split_memory(self):
+        """{(slot, value): two ways of asking that are never trained on with this value}; value None: nothing was told."""
+        rng, asks = self.random("memory"), {}
+        for slot, words in self.memory.items():
+            for value in [None, *words["values"]]:
+                asks[slot, value] = set(rng.sample(words["ask"], 2))
+        return asks
+
+    def split_followups(self):
+        """(fact asked first, fact asked after it by a pronoun); one second fact in five is held out."""
+        seconds = [fact for fact in self.facts if fact.patterns.get("followups") and len(self.siblings(fact)) > 0]
+        parts = self.split(seconds, "followups", 0.2)
+        return tuple([(first, second) for second in part for first in self.siblings(second)] for part in parts)
+
+    def siblings(self, fact):
+        """Other facts about the same thing of which one can go on to ask."""
+        same = self.by_entity[fact.patterns["table"], fact.entity]
+        return [other for other in same if other is not fact and other.relation != fact.relation]
+
+    def split_ellipses(self):
+        """Facts that are asked for by 那……呢？ after the same question about something else; one in five is held out."""
+        facts = [fact for fact in self.facts if "entity" not in fact.patterns and fact.patterns.get("followups")]
+        return self.split(facts, "ellipses", 0.2)
+
+    def asks(self, slot, value):
+        """Ways of asking for `value` that belong to training."""
+        return [ask for ask in self.memory[slot]["ask"] if ask not in self.heldout_asks[slot, value]]
+
+    def candidates(self, category):
+        """What answers of a category (relation, memory slot or "chat") may be mistaken for."""
+        if category in self.by_relation:
+            return {fact.value for fact in self.by_relation[category]}
+        if category in self.memory:
+            return set(self.memory[category]["values"])
+        return {key for entry in self.chat for key in entry["keys"]} if category == "chat" else set()
+
+    def rivals(self, fact):
+        """Wrong values for `fact` of its own kind, none of which contains or is contained in the right one."""
+        values = sorted(self.candidates(fact.relation) - {fact.entity})
+        return [value for value in values if value not in fact.value and fact.value not in value]
+
+    # ------------------------------------------------------------------------------------------------- pretraining
+
+    def pretrain_texts(self, size):
+        """Documents without duplicates, of `size` bytes of UTF-8 or a little more."""
+        rng, seen, written = self.random("pretrain"), set(), 0
+        makers = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
+        makers = [maker(rng) for maker in makers]
+        shares = [5, 5, 4, 2, 3, 1]
+        documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
+        for text in documents:
+            if text not in seen:
+                seen.add(text)
+                written += len(text.encode())
+                yield text
+                if written >= size:
+                    return
+
+    def statement(self, fact, rng):
+        return fact.fill(rng.choice(fact.patterns["statements"]))
+
+    def things(self, rng):
+        """All that is known of one thing, then of another."""
+        entities = deck(self.by_entity.values(), rng)
+        while True:
+            facts = [fact for _ in range(3) for fact in next(entities)]
+            yield "".join(self.statement(fact, rng) for fact in facts)
+
+    def relations(self, rng):
+        """One property of several things."""
+        decks = [deck(facts, rng) for facts in self.by_relation.values()]
+        weights = [len(facts) for facts in self.by_relation.values()]
+        while True:
+            facts = rng.choices(decks, weights)[0]
+            yield "".join(self.statement(next(facts), rng) for _ in range(6))
+
+    def dialogues(self, rng):
+        facts, chats = deck(self.facts, rng), deck(self.chat, rng)
+        while True:
+            turns = [(rng.choice(fact.questions()), fact.answer) for fact in itertools.islice(facts, 4)]
+            entry = next(chats)
+            turns.insert(rng.randrange(5), (rng.choice(entry["questions"]), entry["answer"]))
+            yield "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
+
+    def stories(self, rng):
+        """Short tales in which a value comes back: the cheapest lesson in copying from context."""
+        while True:
+            slots = [rng.choice(list(self.memory.values())) for _ in range(3)]
+            yield "".join(rng.choice(words["stories"]).format(value=rng.choice(words["values"])) for words in slots)
+
+    def remembered(self, rng):
+        facts = deck(self.facts, rng)
+        while True:
+            turns = self.conversation(rng, facts)
+            yield "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
+
+    def sums(self, rng):
+        problems = deck(self.problems, rng)
+        while True:
+            some = itertools.islice(problems, 8)
+            yield "".join(rng.choice(self.arithmetic["statements"]).format_map(problem) for problem in some)
+
+    # ------------------------------------------------------------------------------------------------- conversations
+
+    def single_turns(self, phrasings):
+        """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), arithmetic, small talk."""
+        rng = self.random("single")
+        for fact in self.facts:
+            questions = fact.questions()
+            for question in rng.sample(questions, min(phrasings, len(questions))):
+                yield question, fact.answer
+        for problem in self.problems:
+            for pattern in rng.sample(self.arithmetic["questions"], min(phrasings, 2)):
+                yield pattern.format_map(problem), self.arithmetic["answer"].format_map(problem)
+        for entry in self.chat:
+            for question in entry["questions"]:
+                yield question, entry["answer"]
+
+    def multi_turns(self, count):
+        """`count` conversations, lists of [question, answer]: recalling what was told, or asking on with less words."""
+        rng = self.random("multi")
+        facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
+        for _ in range(count):
+            kind = rng.random()
+            if kind < 0.7:
+                yield self.conversation(rng, facts)
+            elif kind < 0.75:
+                yield self.untold(rng, facts)
+            elif kind < 0.9:
+                yield self.followup(rng, *next(followups))
+            else:
+                yield self.ellipsis(rng, next(ellipses))
+
+    def fact_turn(self, rng, fact):
+        return [rng.choice(fact.questions()), fact.answer]
+
+    def filler(self, rng, facts):
+        if rng.random() < 0.75:
+            return self.fact_turn(rng, next(facts))
+        entry = rng.choice(self.chat)
+        return [rng.choice(entry["questions"]), entry["answer"]]
+
+    def conversation(self, rng, facts, slot=None, value=None, ask=None):
+        """One or two things are told, mixed with up to two other turns, then asked for; `ask` is the last question."""
+        slots = rng.sample([other for other in self.memory if other != slot], rng.randint(1, 2))
+        told = {name: rng.choice(self.memory[name]["values"]) for name in slots}
+        if slot:
+            told = {**dict(list(told.items())[: len(told) - 1]), slot: value}
+        tells = [self.tell(rng, name, known) for name, known in told.items()]
+        between = tells + [self.filler(rng, facts) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 2)))]
+        rng.shuffle(between)
+        asks = [self.recall(name, known, rng.choice(self.asks(name, known))) for name, known in told.items() if name != slot]
+        rng.shuffle(asks)
+        return between + asks + ([self.recall(slot, value, ask)] if slot else [])
+
+    def tell(self, rng, slot, value):
+        words = self.memory[slot]
+        return [rng.choice(words["tell"]).format(value=value), words["acknowledge"].format(value=value)]
+
+    def recall(self, slot, value, ask):
+        return [ask, self.memory[slot]["answer"].format(value=value)]
+
+    def untold(self, rng, facts, slot=None, ask=None):
+        """Something is asked for that was not told; something else was, so the model has to look which."""
+        slot = slot or rng.choice(list(self.memory))
+        other = rng.choice([name for name in self.memory if name != slot])
+        turns = [self.tell(rng, other, rng.choice(self.memory[other]["values"])), self.filler(rng, facts)]
+        rng.shuffle(turns)
+        ask = ask or rng.choice(self.asks(slot, None))
+        return turns[: rng.randint(1, 2)] + [[ask, self.memory[slot]["unknown"]]]
+
+    def followup(self, rng, first, second):
+        return [self.fact_turn(rng, first), [rng.choice(second.questions("followups")), second.answer]]
+
+    def ellipsis(self, rng, fact):
+        other = rng.choice([other for other in self.by_relation[fact.relation] if other is not fact])
+        question = rng.choice(("那{name}呢？", "{name}呢？")).format(name=fact.entity)
+        return [self.fact_turn(rng, other), [question, fact.answer]]
+
+    # --------------------------------------------------------------------------------------------------- preferences
+
+    def preferences(self, facts, per_fact, purpose):
+        """{prompt, chosen, rejected} for `facts`: a right, whole, civil answer against a wrong, curt, repeated, rude or
+        evasive one. The better answer is about as often the longer one as the shorter."""
+        rng = self.random(purpose)
+        kinds = deck(("wrong", "curt", "repeated", "rude", "evasive"), rng)
+        for fact in facts:
+            for question in rng.sample(fact.questions(), per_fact):
+                chosen, rejected = self.preference(rng, fact, next(kinds))
+                yield {"prompt": question, "chosen": chosen, "rejected": rejected}
+
+    def preference(self, rng, fact, kind):
+        answer, endings = fact.answer, self.endings
+        if kind == "wrong":
+            return answer, fact.retold(rng.choice(self.rivals(fact)))
+        if kind == "curt":
+            return answer, f"{fact.value}。"
+        if kind == "repeated":
+            return answer, answer * rng.randint(2, 3)
+        if kind == "evasive":
+            return answer, rng.choice(endings["refusal"])
+        return answer + rng.choice(endings["courteous"]), answer + rng.choice(endings["rude"])
+
+    # ----------------------------------------------------------------------------------------------------- held out
+
+    def heldout_facts(self):
+        """Every fact and every piece of small talk, asked in each phrasing that training never uses."""
+        for fact in self.facts:
+            for question in fact.questions("heldout_questions"):
+                yield test_row([], question, fact.answer, fact.value, fact.relation, fact.relation, fact.entity)
+        for entry in self.chat:
+            for question in entry["heldout_questions"]:
+                yield test_row([], question, entry["answer"], entry["keys"], entry["task"], "chat")
+
+    def heldout_arithmetic(self):
+        rng = self.random("heldout arithmetic")
+        for problem in self.heldout_problems:
+            question = rng.choice(self.arithmetic["questions"]).format_map(problem)
+            answer = self.arithmetic["answer"].format_map(problem)
+            yield test_row([], question, answer, str(problem["c"]), problem["task"], "arithmetic")
+
+    def heldout_multi_turns(self, per_slot=40, per_task=80):
+        rng = self.random("heldout multi")
+        facts = deck(self.facts, rng)
+        for slot, words in self.memory.items():
+            pairs = [(value, ask) for value in words["values"] for ask in sorted(self.heldout_asks[slot, value])]
+            for value, ask in rng.sample(pairs, min(per_slot, len(pairs))):
+                *history, (question, answer) = self.conversation(rng, facts, slot, value, ask)
+                yield test_row(history, question, answer, value, f"recall_{slot}", slot)
+            for ask in sorted(self.heldout_asks[slot, None]):
+                *history, (question, answer) = self.untold(rng, facts, slot, ask)
+                yield test_row(history, question, answer, words["unknown"].rstrip("。"), "not_told", slot)
+        for first, second in rng.sample(self.heldout_followups, min(per_task, len(self.heldout_followups))):
+            *history, (question, answer) = self.followup(rng, first, second)
+            yield test_row(history, question, answer, second.value, "pronoun", second.relation, second.entity)
+        for fact in rng.sample(self.heldout_ellipses, min(per_task, len(self.heldout_ellipses))):
+            *history, (question, answer) = self.ellipsis(rng, fact)
+            yield test_row(history, question, answer, fact.value, "ellipsis", fact.relation, fact.entity)
+
+    def heldout_texts(self):
+        """Known facts in sentence patterns that training never uses, six to a document."""
+        rng = self.random("heldout pretrain")
+        sentences = [fact.fill(pattern) for fact in self.facts for pattern in fact.patterns["heldout_statements"]]
+        rng.shuffle(sentences)
+        return ["".join(sentences[start : start + 6]) for start in range(0, len(sentences), 6)]
+
+    def cloze(self):
+        """A held-out sentence up to the value, for a pretrained model to go on with."""
+        for fact in self.facts:
+            prompt, _, _ = fact.patterns["heldout_statements"][0].partition("{value}")
+            yield {"prompt": fact.fill(prompt), "answer": fact.value, "task": fact.relation, "category": fact.relation}
+
+    def exam(self):
+        """{subject: (dev rows, val rows)}: multiple choice in C-Eval's columns, each letter equally often right."""
+        subjects = collections.defaultdict(list)
+        for fact in self.facts:
+            if "subject" in fact.patterns and len(self.rivals(fact)) >= 3:
+                subjects[fact.patterns["subject"]].append(fact)
+        exam = {}
+        for subject, facts in subjects.items():
+            rng = self.random(subject)
+            facts = rng.sample(facts, min(DEV_QUESTIONS + VAL_QUESTIONS, len(facts)))
+            parts = facts[:DEV_QUESTIONS], facts[DEV_QUESTIONS:]
+            exam[subject] = tuple(self.exam_rows(rng, part) for part in parts)
+        return exam
+
+    def exam_rows(self, rng, facts):
+        letters = list(itertools.islice(itertools.cycle(LETTERS), len(facts)))
+        rng.shuffle(letters)
+        rows = []
+        for number, (fact, letter) in enumerate(zip(facts, letters)):
+            options = rng.sample(self.rivals(fact), 3)
+            options.insert(LETTERS.index(letter), fact.value)
+            stem = {"id": number, "question": fact.retold("____")}
+            rows.append({**stem, **dict(zip(LETTERS, options)), "answer": letter, "explanation": fact.answer})
+        return rows
+
+
+def deck(items, rng):
+    """Endlessly the items in random order, each once before any comes again."""
+    items = list(items)
+    while True:
+        rng.shuffle(items)
+        yield from items
+
+
+def test_row(history, question, answer, key, task, category, entity=""):
+    """One held-out question. `answer` is what a right reply must contain; `a` the whole expected reply."""
+    return {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category, "entity": entity}
+
+
+# ----------------------------------------------------------------------------------------------------------- scoring
+
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\.(?=\d))"  # not in the middle of a word or number
+WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
+
+
+@functools.lru_cache(maxsize=None)
+def default_world():
+    return DemoWorld()
+
+
+def score_answer(row, reply):
+    """Whether `reply` is right: it names every key of row["answer"], and nothing else that could have been the answer.
+
+    "Nothing else": no other value of the row's category and no number that neither the key nor the question has, so a
+    reply that lists everything is wrong. Names are matched longest first and whole: He is not H, 巴西利亚 not 巴西.
+    row: one line of heldout/{facts,multi_turn,arithmetic}.jsonl; of other files "q" and "answer" are enough.
+    """
+    keys = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
+    keys = {normalise(key) for key in keys}
+    others = {normalise(value) for value in default_world().candidates(row.get("category"))} - keys
+    entity = normalise(row.get("entity", ""))
+    found = mentions(normalise(reply), keys | others | ({entity} - {""}))
+    if not keys <= found or (found & others) - {entity}:
+        return False
+    said, asked = (collections.Counter(NUMBER.findall(normalise(text))) for text in (reply, row["q"]))
+    expected = collections.Counter(number for key in keys for number in NUMBER.findall(key))
+    return said == expected or said - asked == expected
+
+
+def normalise(text):
+    """Full-width forms to half-width, no white space."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def mentions(text, names):
+    """The `names` in `text`, read from left to right, longest first; a run of letters or digits is never split."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    pattern = "|".join(re.escape(name) + (WHOLE_END if re.search("[A-Za-z0-9]$", name) else "") for name in longest_first)
+    return set(re.findall(f"{WHOLE_START}(?:{pattern})", text)) if pattern else set()
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write_raw_files(directory, seed=0, pretrain_bytes=2_200_000, phrasings=8, conversations=5000, tables=DEFAULT_DIRECTORY):
+    """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
+
+    pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
+    (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
+    """
+    directory, world = Path(directory), DemoWorld(seed, tables)
+    paths = {kind: directory / f"demo_{kind}.jsonl" for kind in ("pretrain", "sft_single", "sft_multi")}
+    paths["dpo"] = directory / "demo_dpo.json"
+    write_lines(paths["pretrain"], ({"text": text} for text in world.pretrain_texts(pretrain_bytes)))
+    singles = [[pair] for pair in world.single_turns(phrasings)]
+    world.random("order").shuffle(singles)
+    write_lines(paths["sft_single"], map(instruction_row, itertools.count(1), singles))
+    write_lines(paths["sft_multi"], map(instruction_row, itertools.count(1), world.multi_turns(conversations)))
+    write_list(paths["dpo"], world.preferences(world.preferred, 2, "preferences"))
+    return paths
+
+
+def instruction_row(number, turns):
+    """A row of deepctrl's instruction corpus from turns [[question, answer], ...], the last one being asked."""
+    *history, (question, answer) = turns
+    return {
+        "id": number,
+        "instruction": "",
+        "input": question,
+        "output": answer,
+        "history": history,
+        "language": "chinese",
+        "data_source": "minimind_demo_world",
+        "input_len": len(question),
+        "output_len": len(answer),
+        "num_utter": len(turns),
+    }
+
+
+def write_heldout(dataset_directory, seed=0, tables=DEFAULT_DIRECTORY):
+    """Write the held-out tests into `dataset_directory`/heldout and return {name: path}.
+
+    facts, multi_turn, arithmetic (.jsonl): {history, q, a, answer, task, category, entity}, see score_answer.
+    cloze.jsonl: {prompt, answer, task, category}. pretrain.csv: column text. dpo.json: [{prompt, chosen, rejected}].
+    """
+    directory, world = Path(dataset_directory) / "heldout", DemoWorld(seed, tables)
+    rows = {
+        "facts": world.heldout_facts(),
+        "multi_turn": world.heldout_multi_turns(),
+        "arithmetic": world.heldout_arithmetic(),
+        "cloze": world.cloze(),
+    }
+    paths = {name: directory / f"{name}.jsonl" for name in rows}
+    for name, path in paths.items():
+        write_lines(path, rows[name])
+    paths |= {"pretrain": directory / "pretrain.csv", "dpo": directory / "dpo.json"}
+    write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
+    write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
+    return paths
+
+
+def write_exam(exam_directory, seed=0, tables=DEFAULT_DIRECTORY):
+    """Write the exam as C-Eval lays it out, <exam_directory>/{dev,val}/<subject>_{dev,val}.csv; return the paths."""
+    columns, paths = ["id", "question", *LETTERS, "answer"], []
+    for subject, parts in DemoWorld(seed, tables).exam().items():
+        for part, rows, more in zip(("dev", "val"), parts, (["explanation"], [])):
+            paths.append(Path(exam_directory) / part / f"{subject}_{part}.csv")
+            write_table(paths[-1], columns + more, rows)
+    return paths
+
+
+def write_lines(path, rows):
+    with atomic_write(path, "w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_list(path, rows):
+    with atomic_write(path, "w", encoding="utf-8") as handle:
+        handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+
+
+def write_table(path, columns, rows):
+    with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
