@@ -11,44 +11,214 @@ A batch is {"input_ids": LongTensor [B, T], "labels": LongTensor [B, T]} and, on
 nothing predicts the first token, so (labels != -100).sum() is the number of targets. Padding is at the right: id 0, label -100, mask 0.
 """
 
-from model.records import RowReport, iter_records  # noqa: F401
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from model.cli import UserError
+from model.token_cache import ASSISTANT, SYSTEM, PretrainEncoding, SFTEncoding, open_token_cache
+from model.tokenizer import token_bytes
+
+IGNORED = -100  # label of a token that is not a target, as in torch and transformers
+PADDING = 0  # only ever under attention_mask 0 and label -100
+GROUPS_SORTED_TOGETHER = 64  # more: less padding; fewer: rows of a batch are more at random
+
+
+def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, cache_dir=None):
+    """(train, validation) PretrainDatasets over a .csv/.jsonl with column `text`, split by document with `seed`.
+
+    The first call tokenises the file into cache_dir (default: `.cache` beside the file); every process may call it: one builds, the
+    others wait. validation_share: share of the documents; 0 or a file with a single document leaves validation empty (len 0).
+    Raises UserError: bad file, no text in it, max_seq_len beyond the tokens there are, cache folder not writable.
+    """
+    cache = open_token_cache(path, tokenizer, PretrainEncoding(tokenizer), cache_dir)
+    held_out = _held_out(len(cache.document_ends), validation_share, seed)
+    train, validation = PretrainDataset(cache, ~held_out, max_seq_len), PretrainDataset(cache, held_out, max_seq_len)
+    if train.num_tokens < max_seq_len or max_seq_len < 2:
+        raise UserError(
+            f"--max_seq_len {max_seq_len}: {path} has {train.num_tokens:,} tokens to train on; "
+            f"choose a length between 2 and that, or give it more text"
+        )
+    return train, validation
+
+
+def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, last_turn_only=False, cache_dir=None):
+    """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}, split by row with `seed`.
+
+    Too long rows lose their oldest exchanges first, then the system turn, then the front of the last question; an answer is never
+    cut: a row whose last answer leaves no room for its question is left out and counted. Turns behind the last answer teach nothing
+    and are not kept. Raises UserError as open_pretrain_data, and when no row is left.
+    """
+    cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer), cache_dir)
+    held_out = _held_out(len(cache.row_ends), validation_share, seed)
+    rows = _fit_conversations(cache, max_seq_len)
+    train, validation = (SFTDataset(cache, rows, part, last_turn_only) for part in (~held_out, held_out))
+    if not len(train):
+        raise UserError(f"{path}: no row left to learn from at --max_seq_len {max_seq_len}; " + "; ".join(cache.report.summary()))
+    return train, validation
+
+
+def _held_out(count, share, seed):
+    """Mask [count] of a seeded choice for validation: at least one and never all, unless share is 0 or there is but one."""
+    chosen = np.zeros(count, dtype=bool)
+    if share and count > 1:
+        number = min(max(1, round(share * count)), count - 1)
+        chosen[np.random.default_rng((seed, 1)).choice(count, number, replace=False)] = True
+    return chosen
 
 
 class PretrainDataset:
     """Documents `<s> text </s>` joined into one stream and cut into full rows of max_seq_len tokens.
 
     Neighbouring rows share one token, so every token of the stream except the very first is a target exactly once; the last row
-    reaches back to be full and has label -100 where the row before it already learned.
+    reaches back to be full and has label -100 where the row before it already learned. (A stream shorter than one row is padded.)
     len(dataset): rows. dataset[i] -> row of 1-D tensors; dataset[[i, j, ...]] -> batch (see module docstring).
     Attributes: lengths (None: all rows are equally long), num_documents, num_tokens, num_targets, report (RowReport).
     """
 
+    lengths = None
+
+    def __init__(self, cache, documents, max_seq_len):
+        """documents: bool mask [number of documents] of those that belong to this part."""
+        self.cache, self.max_seq_len, self.report = cache, max_seq_len, cache.report
+        # The stream is made of stretches of the token file, one per run of chosen documents: memory for runs, not documents.
+        edges = np.flatnonzero(np.diff(documents, prepend=False, append=False)).reshape(-1, 2)
+        ends = cache.document_ends[edges[:, 1] - 1]
+        begins = np.where(edges[:, 0] > 0, cache.document_ends[edges[:, 0] - 1], 0)
+        self.stretch_ends = np.cumsum(ends - begins)
+        self.stretch_shifts = ends - self.stretch_ends  # position in the token file minus position in the stream
+        self.num_documents = int(documents.sum())
+        self.num_tokens = int(self.stretch_ends[-1]) if len(edges) else 0
+        self.num_targets = max(0, self.num_tokens - 1)
+
+    def __len__(self):
+        return -(-self.num_targets // max(1, self.max_seq_len - 1))
+
+    def __getitem__(self, rows):
+        if np.ndim(rows) == 0:
+            return {name: tensor[0] for name, tensor in self[[rows]].items()}
+        width = min(self.max_seq_len, self.num_tokens)
+        wanted = np.asarray(rows, dtype=np.int64)[:, None] * (self.max_seq_len - 1)
+        starts = np.minimum(wanted, self.num_tokens - width)
+        positions = starts + np.arange(width)
+        source = positions + self.stretch_shifts[np.searchsorted(self.stretch_ends, positions, side="right")]
+        input_ids = self.cache.tokens[source].astype(np.int64)
+        labels = np.where(positions > wanted, input_ids, IGNORED)
+        return _batch(list(input_ids), list(labels), self.max_seq_len)
+
 
 class SFTDataset:
-    """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or the last one only).
+    """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or on the last one only).
 
-    len(dataset), dataset[i], dataset[[...]] as in PretrainDataset.
-    Attributes: lengths (int array, tokens of each row), num_tokens, num_targets, report (RowReport: rows left out by reason, rows shortened).
+    len(dataset), dataset[i], dataset[[...]] as in PretrainDataset; a batch is as wide as its longest row.
+    Attributes: lengths (int array, tokens of each row), num_tokens, report (RowReport of the whole file: rows left out, rows shortened).
     """
 
+    def __init__(self, cache, rows, part, last_turn_only):
+        """rows: as _fit_conversations gives them; part: bool mask [rows of the file] of those that belong to this dataset."""
+        self.cache, self.last_turn_only, self.report = cache, last_turn_only, rows["report"]
+        keep = np.flatnonzero(part & rows["kept"])
+        self.begin, self.end, self.system, self.cut = (rows[name][keep] for name in ("begin", "end", "system", "cut"))
+        self.lengths = rows["length"][keep]
+        self.num_tokens = int(self.lengths.sum())
 
-def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, cache_dir=None):
-    """(train, validation) PretrainDatasets over a .csv/.jsonl with column `text`, split by document with `seed`.
+    def __len__(self):
+        return len(self.lengths)
 
-    The first call tokenises the file into cache_dir (default: `.cache` beside the file); every process may call it: one builds, the others wait.
-    validation_share: share of the documents; 0 or a file with a single document leaves validation empty (len 0).
-    Raises UserError: bad file, no text in it, max_seq_len beyond the tokens there are, cache folder not writable.
+    def __getitem__(self, rows):
+        if np.ndim(rows) == 0:
+            return {name: tensor[0] for name, tensor in self[[rows]].items()}
+        rendered = [self._render(row) for row in rows]
+        return _batch([ids for ids, _ in rendered], [labels for _, labels in rendered], int(self.lengths[rows].max()))
+
+    def _render(self, row):
+        """(ids, labels) of one row: the stretch of the token file from its first kept turn, the question's front cut out."""
+        cache, begin, end = self.cache, int(self.begin[row]), int(self.end[row])
+        start = cache.turn_start(begin)
+        ids = cache.tokens[start : cache.turn_ends[end - 1]].astype(np.int64)
+        labels = np.full_like(ids, IGNORED)
+        for turn in range(end - 1 if self.last_turn_only else begin, end):
+            if cache.turn_roles[turn] == ASSISTANT:
+                learned = slice(
+                    cache.turn_start(turn) + cache.header_lengths[ASSISTANT] - start, cache.turn_ends[turn] - cache.tail_length - start
+                )
+                labels[learned] = ids[learned]
+        if self.cut[row]:
+            header = cache.header_lengths[cache.turn_roles[begin]]
+            ids, labels = (np.delete(array, slice(header, header + self.cut[row])) for array in (ids, labels))
+        if self.system[row] >= 0:
+            system = int(self.system[row])
+            turn = cache.tokens[cache.turn_start(system) : cache.turn_ends[system]].astype(np.int64)
+            ids, labels = np.concatenate([turn, ids]), np.concatenate([np.full_like(turn, IGNORED), labels])
+        return ids, labels
+
+
+def _fit_conversations(cache, max_seq_len):
+    """What of each row fits into max_seq_len tokens, for all rows at once.
+
+    Returns a dict of arrays [rows]: kept (bool), begin and end (turns from the first kept one to behind the last), system (turn
+    number put in front, -1: none), cut (tokens of turn `begin` left out behind its header), length (tokens); and "report".
     """
-    raise NotImplementedError
+    turn_ends, roles, end = np.asarray(cache.turn_ends), np.asarray(cache.turn_roles), np.asarray(cache.row_ends)
+    turn_starts = np.concatenate([[0], turn_ends[:-1]])
+    first = np.concatenate([[0], end[:-1]])
+    has_system = roles[first] == SYSTEM
+    system_length = np.where(has_system, turn_ends[first] - turn_starts[first], 0)
+    body = first + has_system  # the first turn that may be left out, together with its answer
+
+    answers = roles == ASSISTANT
+    changes = np.diff(answers, prepend=False)
+    changes[first] = False
+    changes[body] = True  # a row's first exchange begins here, whoever speaks
+    exchange_starts = np.flatnonzero(changes & ~answers | _marks(body, len(roles)))
+    answer_starts = np.flatnonzero(changes & answers)
+    token_end = turn_ends[end - 1]
+
+    def first_fitting(starts, room, lowest):
+        """For each row the first turn among `starts` from which on the row is at most `room` tokens; `end` or more: none."""
+        turn = np.maximum(np.searchsorted(turn_starts, token_end - room), lowest)
+        return np.append(starts, len(roles))[np.searchsorted(starts, turn)]
+
+    with_system = first_fitting(exchange_starts, max_seq_len - system_length, body)
+    without = first_fitting(exchange_starts, max_seq_len, body)
+    system = np.where(has_system & (with_system < end), first, -1)
+    begin = np.where(with_system < end, with_system, without)
+
+    # Not even the last exchange fits: its later prompt turns, at the least the very last one with its front cut off.
+    last_exchange = exchange_starts[np.searchsorted(exchange_starts, end) - 1]
+    answer = answer_starts[np.searchsorted(answer_starts, end) - 1]
+    question = np.maximum(answer - 1, last_exchange)
+    tight = begin >= end
+    begin = np.where(tight, np.clip(np.searchsorted(turn_starts, token_end - max_seq_len), last_exchange, question), begin)
+    length = token_end - turn_starts[begin] + np.where(system >= 0, system_length, 0)
+    cut = np.maximum(length - max_seq_len, 0)
+    content = turn_ends[begin] - turn_starts[begin] - cache.header_lengths[roles[begin]] - cache.tail_length - 1
+    kept = (cut == 0) | (~answers[begin] & (cut < content))
+
+    report = cache.report.copy()
+    if not kept.all():
+        report.drop(f"the answer leaves no room for the question within --max_seq_len {max_seq_len}", count=int((~kept).sum()))
+    report.note("oldest turns left out of a long row", int((kept & (begin > body)).sum()))
+    report.note("system turn left out of a long row", int((kept & has_system & (system < 0)).sum()))
+    report.note("front of a long question cut", int((kept & (cut > 0)).sum()))
+    return {"kept": kept, "begin": begin, "end": end, "system": system, "cut": cut, "length": length - cut, "report": report}
 
 
-def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, last_turn_only=False, cache_dir=None):
-    """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}, split by row with `seed`.
+def _marks(indices, length):
+    marks = np.zeros(length, dtype=bool)
+    marks[indices] = True
+    return marks
 
-    Too long rows lose their oldest exchanges first, then the system turn, then the front of the last question; an answer is never cut:
-    a row whose last answer leaves no room for its question is left out and counted. Raises UserError as open_pretrain_data.
-    """
-    raise NotImplementedError
+
+def _batch(ids, labels, width):
+    """Stack rows (lists of 1-D arrays) into [B, width] tensors, padded at the right."""
+    shape, lengths = (len(ids), width), [len(row) for row in ids]
+    batch = {"input_ids": np.full(shape, PADDING, np.int64), "labels": np.full(shape, IGNORED, np.int64)}
+    for index, length in enumerate(lengths):
+        batch["input_ids"][index, :length], batch["labels"][index, :length] = ids[index], labels[index]
+    if min(lengths) < width:
+        batch["attention_mask"] = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class ResumableSampler:
@@ -60,49 +230,128 @@ class ResumableSampler:
     """
 
     def __init__(self, num_rows, batch_size, seed=0, rank=0, world_size=1, lengths=None, shuffle=True):
-        raise NotImplementedError
+        self.num_rows, self.seed, self.rank, self.world_size = num_rows, seed, rank, world_size
+        self.lengths, self.shuffle = lengths, shuffle
+        self.rows_per_step = self.group_size = batch_size * world_size
+        self.epoch = self.position = 0
 
     def __len__(self):
         """Micro-batches in a whole epoch (the same on every rank)."""
-        raise NotImplementedError
+        return -(-self.num_rows // self.rows_per_step)
+
+    def order(self, epoch):
+        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into groups, and
+        the groups come in random order (an incomplete one last, so that batches and groups stay aligned)."""
+        order = np.arange(self.num_rows)
+        if not self.shuffle:
+            return order
+        generator = np.random.default_rng((self.seed, 2, epoch))
+        generator.shuffle(order)
+        if self.lengths is not None:
+            stretch = np.arange(self.num_rows) // (GROUPS_SORTED_TOGETHER * self.group_size)
+            order = order[np.lexsort((np.asarray(self.lengths)[order], stretch))]
+            whole = self.num_rows // self.group_size * self.group_size
+            generator.shuffle(order[:whole].reshape(-1, self.group_size))
+        return order
+
+    def batches(self):
+        """This rank's row numbers for each micro-batch from the current position to the end of the epoch, without moving it.
+
+        Where the last one has fewer rows than ranks, some ranks get an empty array."""
+        order = self.order(self.epoch)
+        for start in range(self.position, self.num_rows, self.rows_per_step):
+            yield np.array_split(order[start : start + self.rows_per_step], self.world_size)[self.rank]
+
+    def advance(self):
+        """One micro-batch is consumed; behind the last one stands the start of the next epoch."""
+        self.position += self.rows_per_step
+        if self.position >= self.num_rows:
+            self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self):
-        """{"seed", "epoch", "position" (rows of this epoch already consumed by all ranks), "num_rows", "group_size"}: plain numbers."""
-        raise NotImplementedError
+        """Plain numbers: epoch, position (rows of it that all ranks have consumed), and what the order depends on."""
+        return {name: getattr(self, name) for name in ("seed", "epoch", "position", "num_rows", "group_size")}
 
     def load_state_dict(self, state):
-        """Go on behind the rows already consumed, in constant time. UserError when the data has another number of rows."""
-        raise NotImplementedError
+        """Go on behind the rows already consumed, without walking over them, at any world size.
+
+        Raises UserError when the data has another number of rows."""
+        if state["num_rows"] != self.num_rows:
+            raise UserError(
+                f"--resume: the data has {self.num_rows:,} rows now and had {state['num_rows']:,}; "
+                "go on with the same --data_path, --max_seq_len, --tokenizer_path and --seed, or start without --resume"
+            )
+        for name in ("seed", "epoch", "position", "group_size"):
+            setattr(self, name, state[name])
+
+
+class _Fetch:
+    """What DataLoader indexes: row numbers -> batch. An empty slice becomes a row without targets: the rank keeps step."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, rows):
+        if len(rows):
+            return self.dataset[rows]
+        batch = self.dataset[[0]]
+        batch["labels"].fill_(IGNORED)
+        return batch
 
 
 class BatchLoader:
     """Iterates over the batches of this rank; position counts what was handed out, not what workers prefetched.
 
     `for batch in loader` yields the rest of the current epoch; iterate again for the next one. len(loader): micro-batches per epoch.
+    num_workers processes prepare batches ahead; pin_memory: batches lie where a GPU can fetch them in the background.
     """
 
     def __init__(self, dataset, sampler, num_workers=0, pin_memory=False):
-        raise NotImplementedError
+        self.dataset, self.sampler, self.num_workers, self.pin_memory = dataset, sampler, num_workers, pin_memory
+
+    def __len__(self):
+        return len(self.sampler)
 
     @property
     def epoch(self):
         """Current epoch, from 0."""
-        raise NotImplementedError
+        return self.sampler.epoch
+
+    def __iter__(self):
+        batches = DataLoader(
+            _Fetch(self.dataset),
+            batch_size=None,
+            sampler=self.sampler.batches(),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run would differ
+        )
+        for batch in batches:
+            self.sampler.advance()
+            yield batch
 
     def state_dict(self):
         """The sampler's state behind the last batch handed out."""
-        raise NotImplementedError
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state):
         """Resume there; takes effect at the next iteration."""
-        raise NotImplementedError
+        self.sampler.load_state_dict(state)
 
 
 def token_byte_lengths(tokenizer):
-    """LongTensor [V]: UTF-8 bytes each token stands for (0 for special tokens): bits per byte = nats / ln 2 / table[targets].sum()."""
-    raise NotImplementedError
+    """LongTensor [V]: bytes each token stands for (0 for special tokens): bits per byte = nats / ln 2 / table[targets].sum()."""
+    return torch.tensor([len(piece) for piece in token_bytes(tokenizer)])
 
 
 def describe_sample(tokenizer, row, max_tokens=300):
     """Decoded text of one row (dataset[i]) with the supervised stretches between ⟦ and ⟧."""
-    raise NotImplementedError
+    real = int(row["attention_mask"].sum()) if "attention_mask" in row else len(row["input_ids"])
+    ids, learned = row["input_ids"][:real], row["labels"][:real] != IGNORED
+    edges = [0, *(np.flatnonzero(np.diff(learned)) + 1), real]
+    pieces = []
+    for start, stop in zip(edges, edges[1:]):
+        if start < max_tokens:
+            text = tokenizer.decode(ids[start : min(stop, max_tokens)].tolist())
+            pieces.append(f"⟦{text}⟧" if learned[start] else text)
+    return "".join(pieces) + (f" ... ({real - max_tokens} more tokens)" if real > max_tokens else "")
