@@ -1,0 +1,246 @@
+"""Checkpoints: `<stage>_<dim>[_moe].pth` (a plain state dict), `.json` beside it (what it is) and `.resume.pth` (how to go on).
+
+The three are written completely before the first of them is renamed to its final name. Should the machine stop between two
+renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth holds its own copy of the weights.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from model.cli import SHAPE_FLAGS, UserError, model_overrides
+from model.files import atomic_write
+from model.LMConfig import PRESETS, LMConfig, preset_config
+from model.model import Transformer
+from model.tokenizer import tokenizer_hash
+
+CONFIG_FIELDS = tuple(name for name in inspect.signature(LMConfig).parameters if name != "kwargs")
+# May change without changing what a weight means; every other field of a checkpoint is what it is.
+FREE_FIELDS = ("max_seq_len", "dropout", "flash_attn", "rope_scaling", "aux_loss_alpha", "seq_aux")
+DEFAULT_PRESET = "minimind-v1-small"
+
+
+def checkpoint_path(out_dir, stage, config):
+    """out_dir/<stage>_<dim>[_moe].pth; `stage` may contain a folder, as in "single_chat/full_sft"."""
+    return Path(out_dir) / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
+
+
+def resume_path(path):
+    """The training state that belongs to the checkpoint `path`."""
+    return Path(path).with_suffix(".resume.pth")
+
+
+def save_checkpoint(path, model, metadata, training_state=None):
+    """Write `path` (.pth), the .json beside it and, given a training_state, the .resume.pth, all of them or none.
+
+    metadata: what the .json says besides config, versions and the weights' sha256, which are added here.
+    training_state: tensors and plain values only; the weights are added here.
+    Raises OSError (a full disk, for one) and then leaves the files of the last good checkpoint as they were.
+    """
+    path = Path(path)
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    # The with-statement renames in reverse: training state first, then the weights, then their description.
+    with atomic_write(path.with_suffix(".json"), "w", encoding="utf-8") as description:
+        with atomic_write(path, "w+b") as weights_file:
+            write_tensors(weights, weights_file)
+            weights_file.seek(0)
+            sha256 = hashlib.file_digest(weights_file, "sha256").hexdigest()
+            record = {**metadata, "config": config, "weights_sha256": sha256, "versions": versions}
+            json.dump(record, description, ensure_ascii=False, indent=2)
+            description.flush()
+            if training_state is not None:
+                with atomic_write(resume_path(path)) as training_file:
+                    write_tensors({**training_state, "weights": weights, "weights_sha256": sha256}, training_file)
+
+
+def write_tensors(value, handle):
+    """torch.save, with the operating system's error (a full disk) where torch reports a broken archive instead."""
+    try:
+        torch.save(value, handle)
+        handle.flush()
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def read_tensors(path):
+    """torch.load on the CPU of nothing but tensors and plain values.
+
+    Raises UserError for a missing, truncated or foreign file, and for a pickle that wants to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types here, from UnpicklingError to struct.error
+        unsafe = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        if unsafe:
+            raise UserError(f"{path}: refused, it wants to run {unsafe[1]} while loading; use a plain state dict") from None
+        raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; copy or download it again") from None
+
+
+def read_weights(path):
+    """The state dict in `path` under today's names: prefixes of torch.compile and DDP and old buffers removed."""
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state dict (names and tensors), so it is not a MiniMind checkpoint")
+    return clean_names(state, path)
+
+
+def clean_names(state, path):
+    """Drop `_orig_mod.` and `module.` prefixes and v1's buffers; the tied output matrix may be left out of a file."""
+    named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
+    embeddings = named.get("tok_embeddings.weight")
+    if embeddings is None or embeddings.dim() != 2:
+        raise UserError(f"{path}: has no matrix tok_embeddings.weight, so it is not a MiniMind checkpoint")
+    output = named.setdefault("output.weight", embeddings)
+    if not torch.equal(output, embeddings):
+        raise UserError(f"{path}: output.weight differs from tok_embeddings.weight, but MiniMind ties the two")
+    return named
+
+
+def read_metadata(path):
+    """The .json beside the checkpoint `path` as a dict, {} when there is none. Raises UserError when it is broken."""
+    description = Path(path).with_suffix(".json")
+    if not description.exists():
+        return {}
+    try:
+        metadata = json.loads(description.read_text(encoding="utf-8"))
+        LMConfig(**metadata["config"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{description}: not a description of a checkpoint ({error!r}); remove it or restore it") from None
+    return metadata
+
+
+def load_model(path, **config_overrides):
+    """(Transformer in float32 on the CPU, metadata) of a checkpoint, today's or v1's.
+
+    The config comes from the .json beside it, without one from tensor shapes, config_overrides and the presets (shapes
+    do not tell the number of heads). Raises UserError when the file is not a checkpoint, or when a flag or the .json
+    asks for another shape than the weights have.
+    """
+    metadata = read_metadata(path)
+    state = read_weights(path)
+    overrides = {name: value for name, value in config_overrides.items() if value is not None}
+    buffers = {name: state.pop(name) for name in list(state) if name.split(".")[-1] in ("mask", "pos_cis")}
+    known = dict(metadata["config"]) if metadata else shape_fields(state, buffers, overrides, path)
+    for name, value in overrides.items():
+        if name not in FREE_FIELDS and name in known and known[name] != value:
+            raise UserError(f"{path}: has {name} {known[name]}, not {value}; leave out or change --{name} or --preset")
+    try:
+        config = LMConfig(**{**known, **overrides})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    if metadata and metadata.get("weights_sha256") not in (None, file_sha256(path)):
+        print(f"warning: {path} is not the file its .json describes (changed or half replaced)", file=sys.stderr)
+    model = Transformer(config)
+    load_weights(model, state, path)
+    return model, metadata
+
+
+def shape_fields(state, buffers, overrides, path):
+    """The config fields a v1 state dict tells by its shapes, and the heads from its RoPE table, the flags or a preset."""
+    width = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, state) if match}
+    use_moe = "layers.0.feed_forward.gate.weight" in width
+    first = "layers.0.feed_forward." + ("experts.0." if use_moe else "")
+    try:
+        vocab_size, dim = width["tok_embeddings.weight"]
+        hidden_dim, kv_width = width[first + "w1.weight"][0], width["layers.0.attention.wk.weight"][0]
+        shared = width.get("layers.0.feed_forward.shared_experts.w1.weight", (0,))[0] // hidden_dim
+        experts = width["layers.0.feed_forward.gate.weight"][0] if use_moe else LMConfig().n_routed_experts
+    except KeyError as error:
+        raise UserError(f"{path}: has no tensor {error.args[0]}, so it is not a MiniMind checkpoint") from None
+    fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=use_moe)
+    if use_moe:
+        fields.update(n_routed_experts=experts, n_shared_experts=shared)
+    same_shape = [PRESETS[name] for name in PRESETS if (PRESETS[name]["dim"], PRESETS[name]["n_layers"]) == (dim, len(layers))]
+    preset_heads = same_shape[0].get("n_heads") if same_shape else None
+    heads = overrides.get("n_heads") or preset_heads or LMConfig().n_heads
+    if "pos_cis" in buffers:
+        heads = dim // (2 * buffers["pos_cis"].shape[-1])
+    if dim % heads or kv_width % (dim // heads):
+        raise UserError(f"{path}: wk has {kv_width} rows, no multiple of dim {dim} / {heads} heads; give --n_heads")
+    return {**fields, "n_heads": heads, "n_kv_heads": kv_width // (dim // heads)}
+
+
+def load_weights(model, state, path):
+    """Copy `state` into `model`, every tensor by name and shape; UserError names the first that does not fit."""
+    expected = model.state_dict()
+    for name, tensor in state.items():
+        if name not in expected:
+            raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in a model of this shape")
+        if tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            raise UserError(f"{path}: {name} is {found} in the file but {wanted} in the model; check --preset and --dim")
+    for name, tensor in expected.items():
+        if name not in state:
+            raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} is missing; check --preset and --n_layers")
+    model.load_state_dict(state, strict=True)
+
+
+def file_sha256(path):
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_tokenizer(tokenizer, path, model, metadata):
+    """UserError unless `tokenizer` is the one that the checkpoint `path` was trained with, as far as can be known."""
+    if len(tokenizer) != model.config.vocab_size:
+        words = model.config.vocab_size
+        raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; give the right --tokenizer_path")
+    if metadata.get("tokenizer_hash") not in (None, tokenizer_hash(tokenizer)):
+        raise UserError(f"{path}: was trained with another tokenizer of the same size; give the right --tokenizer_path")
+
+
+def requested_config(args):
+    """LMConfig of --preset with the explicit model flags put over it. Raises UserError for an impossible shape."""
+    preset = args.preset or DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such preset; choose one of {', '.join(PRESETS)}", exit_code=2)
+    try:
+        return preset_config(preset, **model_overrides(args))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def build_model(args, tokenizer, parent=None):
+    """(model, parent's .json entry or None): fresh from the flags, or the weights of `parent` (--init_from).
+
+    A fresh model takes its vocabulary size from the tokenizer. A parent's shape wins over the default preset;
+    a model flag or preset that was given and contradicts it raises UserError, as does another tokenizer.
+    """
+    config = requested_config(args)
+    if parent is None:
+        config.vocab_size = len(tokenizer)
+        return Transformer(config), None
+    asked = model_overrides(args)
+    if args.preset:
+        asked.update({name: getattr(config, name) for name in SHAPE_FLAGS})
+    if config.use_moe and "n_shared_experts" in PRESETS.get(args.preset, ()):
+        asked["n_shared_experts"] = config.n_shared_experts
+    model, metadata = load_model(parent, **asked)
+    check_tokenizer(tokenizer, parent, model, metadata)
+    return model, {"file": str(parent), "sha256": file_sha256(parent)}
+
+
+def default_parent(args, stage, script):
+    """The checkpoint that an earlier stage wrote for the shape in the flags. Raises UserError when there is none."""
+    path = checkpoint_path(args.out_dir, stage, requested_config(args))
+    if not path.is_file():
+        found = sorted(str(other) for other in path.parent.glob(f"{Path(stage).name}_*.pth") if other.suffixes == [".pth"])
+        others = f" (there is {', '.join(found)})" if found else ""
+        raise UserError(f"{path}: no such checkpoint; run {script} first, or name another with --init_from{others}")
+    return path
