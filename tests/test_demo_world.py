@@ -1,0 +1,324 @@
+"""The demo's data: enough of it, true to its formats, nothing held out is ever trained on, and the scoring cannot be fooled."""
+
+import collections
+import csv
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import demo_world
+from model.cli import UserError
+from model.demo_world import DEFAULT_DIRECTORY, DemoWorld, score_answer, write_exam, write_heldout, write_raw_files
+
+
+@pytest.fixture(scope="module")
+def world():
+    return DemoWorld()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(raw paths, held-out paths, exam paths) of the default world."""
+    directory = tmp_path_factory.mktemp("demo")
+    return write_raw_files(directory / "raw"), write_heldout(directory), write_exam(directory / "ceval-exam")
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_csv(path):
+    with open(path, encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def trained_questions(files):
+    """Every question of the SFT stages, and every line that pretraining shows as a question."""
+    raw, _, _ = files
+    rows = read_lines(raw["sft_single"]) + read_lines(raw["sft_multi"])
+    questions = {question for row in rows for question, _ in row["history"]} | {row["input"] for row in rows}
+    for row in read_lines(raw["pretrain"]):
+        questions |= {line.removeprefix("问：") for line in row["text"].split("\n") if line.startswith("问：")}
+    return questions
+
+
+def test_size(world, files):
+    texts = [row["text"] for row in read_lines(files[0]["pretrain"])]
+    assert len({(fact.relation, fact.entity) for fact in world.facts}) == len(world.facts) >= 300
+    assert len(set(texts)) == len(texts)
+    assert sum(len(text.encode()) for text in texts) >= 2_000_000
+    assert len(read_lines(files[0]["sft_single"])) >= 5000 and len(read_lines(files[0]["sft_multi"])) >= 4000
+
+
+def test_every_fact_has_enough_phrasings(world):
+    for fact in world.facts:
+        training, heldout = fact.questions(), fact.questions("heldout_questions")
+        assert len(set(training)) >= 8 and len(set(heldout)) >= 3, fact
+        assert all(fact.entity in question for question in training + heldout)
+        assert fact.value in fact.answer and fact.value != fact.entity
+    assert all(len(entry["questions"]) >= 8 and len(entry["heldout_questions"]) >= 3 for entry in world.chat)
+
+
+def test_every_fact_is_pretrained_on(world, files):
+    text = "\n".join(row["text"] for row in read_lines(files[0]["pretrain"]))
+    for fact in world.facts:
+        assert any(fact.fill(pattern) in text for pattern in fact.patterns["statements"]), fact.answer
+
+
+def test_one_answer_per_question(files):
+    answers = collections.defaultdict(set)
+    for row in read_lines(files[0]["sft_single"]):
+        answers[row["input"]].add(row["output"])
+    for name in ("facts", "arithmetic"):
+        for row in read_lines(files[1][name]):
+            answers[row["q"]].add(row["a"])
+    assert {question: found for question, found in answers.items() if len(found) > 1} == {}
+
+
+def test_raw_formats(files):
+    raw, _, _ = files
+    assert all(set(row) == {"text"} and row["text"].strip() for row in read_lines(raw["pretrain"]))
+    fields = {"id", "instruction", "input", "output", "history", "language", "data_source", "input_len", "output_len", "num_utter"}
+    for kind, has_history in (("sft_single", False), ("sft_multi", True)):
+        rows = read_lines(raw[kind])
+        assert [row["id"] for row in rows] == list(range(1, len(rows) + 1))
+        for row in rows:
+            assert set(row) == fields and row["input"] and row["output"] and bool(row["history"]) == has_history
+            assert all(len(pair) == 2 and all(pair) for pair in row["history"])
+    pairs = json.loads(raw["dpo"].read_text(encoding="utf-8"))
+    assert len(pairs) >= 500
+    for row in pairs:
+        assert set(row) == {"prompt", "chosen", "rejected"} and row["chosen"] != row["rejected"]
+
+
+def test_same_seed_same_bytes(tmp_path, files):
+    again = write_raw_files(tmp_path / "again"), write_heldout(tmp_path), write_exam(tmp_path / "exam")
+    for old, new in zip([*files[0].values(), *files[1].values(), *files[2]], [*again[0].values(), *again[1].values(), *again[2]]):
+        assert old.read_bytes() == new.read_bytes(), new
+    other = write_raw_files(tmp_path / "other", seed=1, pretrain_bytes=10_000, phrasings=2, conversations=10)
+    assert other["sft_single"].read_bytes() != files[0]["sft_single"].read_bytes()
+
+
+def test_amounts_are_what_is_asked_for(tmp_path):
+    raw = write_raw_files(tmp_path, pretrain_bytes=50_000, phrasings=2, conversations=17)
+    assert 50_000 <= sum(len(row["text"].encode()) for row in read_lines(raw["pretrain"])) < 52_000
+    assert len(read_lines(raw["sft_multi"])) == 17
+    assert len(read_lines(raw["sft_single"])) < 4000
+
+
+# ---------------------------------------------------------------------------------------------- nothing held out leaks
+
+
+def test_heldout_questions_are_never_trained_on(files):
+    trained = trained_questions(files)
+    for name in ("facts", "arithmetic"):
+        rows = read_lines(files[1][name])
+        assert len(rows) >= 100 and not {row["q"] for row in rows} & trained
+
+
+def test_heldout_operands_are_in_no_training_text(world, files):
+    raw, _, _ = files
+    text = "\n".join(raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
+    spelt = set(demo_world.re.findall(r"\d+[加减乘+×-]\d+", text))
+    assert {"{a}{word}{b}".format_map(problem) for problem in world.problems} <= spelt
+    for problem in world.heldout_problems:
+        assert not {"{a}{word}{b}".format_map(problem), "{a}{sign}{b}".format_map(problem)} & spelt
+
+
+def test_heldout_memory_pairs_are_never_trained_on(world, files):
+    heldout = read_lines(files[1]["multi_turn"])
+    recalls = {(row["q"], row["a"]) for row in heldout if row["task"].startswith("recall") or row["task"] == "not_told"}
+    assert len(recalls) >= 150
+    trained, asks, answers = set(), set(), set()
+    for row in read_lines(files[0]["sft_multi"]):
+        trained |= {tuple(pair) for pair in row["history"]} | {(row["input"], row["output"])}
+    for row in read_lines(files[0]["pretrain"]):
+        lines = [line[2:] for line in row["text"].split("\n")] if row["text"].startswith("问：") else []
+        trained |= set(zip(lines[::2], lines[1::2]))
+    asks, answers = {question for question, _ in trained}, {answer for _, answer in trained}
+    assert not recalls & trained
+    for question, answer in recalls:  # but both halves are known
+        assert question in asks and answer in answers
+
+
+def test_heldout_followups_are_never_trained_on(world, files):
+    patterns = {pattern for fact in world.facts for pattern in fact.questions("followups")}
+    asked_on = {(row["input"], row["output"]) for row in read_lines(files[0]["sft_multi"])}
+    trained = {answer for question, answer in asked_on if question in patterns}
+    short = {answer for question, answer in asked_on if question.endswith("呢？") and question not in patterns}
+    rows = read_lines(files[1]["multi_turn"])
+    pronouns = [row for row in rows if row["task"] == "pronoun"]
+    ellipses = [row for row in rows if row["task"] == "ellipsis"]
+    assert len(pronouns) >= 50 and not {row["a"] for row in pronouns} & trained and all(row["q"] in patterns for row in pronouns)
+    assert len(ellipses) >= 50 and not {row["a"] for row in ellipses} & short
+
+
+def test_heldout_texts_are_never_trained_on(world, files):
+    trained = files[0]["pretrain"].read_text(encoding="utf-8")
+    sentences = [part for row in read_csv(files[1]["pretrain"]) for part in row["text"].split("。") if part]
+    assert len(sentences) >= 500 and not [sentence for sentence in sentences if sentence in trained]
+    cloze = read_lines(files[1]["cloze"])
+    assert len(cloze) == len(world.facts) and not [row for row in cloze if row["prompt"] in trained]
+
+
+def test_heldout_preferences_are_about_other_facts(world, files):
+    trained = json.loads(files[0]["dpo"].read_text(encoding="utf-8"))
+    heldout = json.loads(files[1]["dpo"].read_text(encoding="utf-8"))
+    assert len(heldout) >= 100 and not {row["prompt"] for row in trained} & {row["prompt"] for row in heldout}
+    assert not {fact.answer for fact in world.preferred} & {fact.answer for fact in world.heldout_preferred}
+
+
+@pytest.mark.parametrize("kind", ["train", "heldout"])
+def test_length_does_not_tell_the_better_answer(files, kind):
+    rows = json.loads((files[0] if kind == "train" else files[1])["dpo"].read_text(encoding="utf-8"))
+    longer = sum((len(row["chosen"]) > len(row["rejected"])) + 0.5 * (len(row["chosen"]) == len(row["rejected"])) for row in rows)
+    assert 0.4 < longer / len(rows) < 0.6
+
+
+def test_multi_turn_tests_tell_before_they_ask(files):
+    for row in read_lines(files[1]["multi_turn"]):
+        told = [turn for turn, (question, _) in enumerate(row["history"]) if row["answer"] in question]
+        if row["task"].startswith("recall"):
+            assert told and len(row["history"]) <= 6
+        elif row["task"] == "not_told":
+            assert not told
+
+
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def all_rows(files):
+    return [row for name in ("facts", "multi_turn", "arithmetic") for row in read_lines(files[1][name])]
+
+
+def test_the_right_answer_is_right(files):
+    assert [row for row in all_rows(files) if not score_answer(row, row["a"])] == []
+
+
+def test_every_other_value_is_wrong(world, files):
+    for row in read_lines(files[1]["facts"])[::7]:
+        for fact in world.by_relation.get(row["category"], []):
+            if fact.entity == row["entity"]:
+                wrong = world.candidates(fact.relation) - {fact.value}
+                assert not [value for value in wrong if score_answer(row, fact.retold(value))]
+
+
+def test_listing_everything_is_wrong(world, files):
+    for row in all_rows(files):
+        candidates = world.candidates(row["category"]) or {str(number) for number in range(60)}
+        assert not score_answer(row, "、".join(sorted(candidates))), row
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=40))
+def test_nonsense_never_raises(reply):
+    row = {"q": "法国的首都是哪座城市？", "answer": "巴黎", "category": "country_capital", "entity": "法国"}
+    assert score_answer(row, reply) == ("巴黎" in reply)
+
+
+@pytest.mark.parametrize(
+    "answer, category, entity, question, reply, right",
+    [
+        ("H", "element_symbol", "氢", "氢的元素符号是什么？", "氢的元素符号是He。", False),
+        ("C", "element_symbol", "碳", "碳的元素符号是什么？", "碳的元素符号是Co。", False),
+        ("巴西利亚", "country_capital", "巴西", "巴西的首都是哪里？", "巴西利亚", True),
+        ("京", "province_abbreviation", "北京", "北京的简称是什么？", "北京的简称是什么？", False),
+        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于8。", True),
+        ("8", "arithmetic", "", "3加5等于多少？", "8", True),
+        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于18。", False),
+        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于8或者9。", False),
+        ("5", "arithmetic", "", "5加0等于多少？", "5加0等于5。", True),
+        ("7天", "none", "", "一星期有多少天？", "一星期有７ 天。", True),
+        (["雨", "风"], "none", "", "天气怎么样？", "只有风。", False),
+    ],
+)
+def test_scoring_cases(answer, category, entity, question, reply, right):
+    assert score_answer({"answer": answer, "category": category, "entity": entity, "q": question}, reply) is right
+
+
+# --------------------------------------------------------------------------------------------------------------- exam
+
+
+def test_exam_has_the_format_of_ceval(world, files):
+    names = {path.parent.name + "/" + path.name for path in files[2]}
+    subjects = {fact.patterns["subject"] for fact in world.facts if "subject" in fact.patterns}
+    assert len(subjects) >= 5
+    assert names == {f"{part}/{subject}_{part}.csv" for subject in subjects for part in ("dev", "val")}
+    for path in files[2]:
+        rows = read_csv(path)
+        dev = path.parent.name == "dev"
+        assert list(rows[0]) == ["id", "question", "A", "B", "C", "D", "answer"] + ["explanation"] * dev
+        assert len(rows) == 5 if dev else len(rows) >= 20
+        counts = collections.Counter(row["answer"] for row in rows)
+        assert set(counts) == set("ABCD") and max(counts.values()) - min(counts.values()) <= 1
+        for row in rows:
+            assert len({row[letter] for letter in "ABCD"}) == 4 and "____" in row["question"]
+
+
+def test_exam_answers_are_right_and_dev_is_not_val(world, files):
+    answers = {fact.answer for fact in world.facts}
+    sentences = collections.defaultdict(set)
+    for path in files[2]:
+        for row in read_csv(path):
+            solved = {letter: row["question"].replace("____", row[letter]) for letter in "ABCD"}
+            assert [letter for letter in "ABCD" if solved[letter] in answers] == [row["answer"]], row
+            sentences[path.parent.name].add(row["question"])
+    assert not sentences["dev"] & sentences["val"]
+
+
+# ------------------------------------------------------------------------------------------------- editing the tables
+
+
+@pytest.fixture
+def tables(tmp_path):
+    return shutil.copytree(DEFAULT_DIRECTORY, tmp_path / "tables")
+
+
+def append(path, line):
+    with open(path, "a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+
+
+def test_one_new_row_gives_everything(tables, tmp_path):
+    append(tables / "countries.csv", "冰岛,雷克雅未克,欧洲")
+    raw = write_raw_files(tmp_path / "raw", pretrain_bytes=500_000, tables=tables)
+    heldout = write_heldout(tmp_path, tables=tables)
+    assert all("雷克雅未克" in raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
+    assert all("雷克雅未克" in heldout[name].read_text(encoding="utf-8") for name in ("facts", "cloze", "pretrain"))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("冰岛,雷克雅未克", "expected 3 cells"),
+        ("冰岛,雷克雅未克,欧洲,多", "expected 3 cells"),
+        ("法国,里昂,欧洲", "second answer to"),
+    ],
+)
+def test_a_bad_row_is_named(tables, line, message):
+    append(tables / "countries.csv", line)
+    with pytest.raises(UserError, match=rf"countries\.csv:50: {message}"):
+        DemoWorld(directory=tables)
+
+
+def test_bad_tables_are_named(tables):
+    relations = json.loads((tables / "relations.json").read_text(encoding="utf-8"))
+    relations["relations"]["country_capital"]["noun"] = "{seat}"
+    (tables / "relations.json").write_text(json.dumps(relations), encoding="utf-8")
+    with pytest.raises(UserError, match="country_capital uses 'seat'"):
+        DemoWorld(directory=tables)
+    (tables / "chat.json").write_text("{", encoding="utf-8")
+    (tables / "relations.json").unlink()
+    with pytest.raises(UserError, match="relations.json: no such file"):
+        DemoWorld(directory=tables)
+
+
+def test_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, model.demo_world; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=DEFAULT_DIRECTORY.parent.parent).returncode == 0
