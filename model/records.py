@@ -88,7 +88,8 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         raise UserError(f"{path}: expected a .csv or .jsonl file (also .gz, .xz, .zst)")
     kept = met = 0
     with open_binary(path) as handle:
-        for place, record, problem in readers[suffixes[-1]](path, handle, columns, report, json_columns, alternative):
+        lines = _raw_lines(path, handle, report)
+        for place, record, problem in readers[suffixes[-1]](path, lines, columns, json_columns, alternative):
             met, report.rows, report.place = met + 1, report.rows + 1, place
             if problem is None:
                 kept += 1
@@ -106,6 +107,18 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         print("\n".join(report.summary()), file=sys.stderr)
 
 
+def _raw_lines(path, handle, report):
+    """Physical lines as bytes, counted in the report; damage to a compressed file becomes a UserError."""
+    try:
+        for line in handle:
+            report.bytes_read += len(line)
+            yield line
+    except Exception as error:  # zlib, lzma and zstandard have error classes of their own
+        if Path(path).suffix not in COMPRESSED_SUFFIXES:
+            raise
+        raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None
+
+
 class _CsvLines:
     """Physical lines for csv.reader, which can be read again after a broken row, and marked where the csv module would stumble.
 
@@ -113,8 +126,8 @@ class _CsvLines:
     end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates; `marked` says so.
     """
 
-    def __init__(self, handle, report):
-        self.handle, self.report = handle, report
+    def __init__(self, raw_lines):
+        self.raw_lines = raw_lines
         self.number, self.row, self.again = 0, [], collections.deque()
         self.marked = self.ends_with_crlf = False
 
@@ -122,7 +135,7 @@ class _CsvLines:
         return self
 
     def __next__(self):
-        line = self.again.popleft() if self.again else self.decode(self.handle.readline())
+        line = self.again.popleft() if self.again else self.decode(next(self.raw_lines, b""))
         if not line:
             raise StopIteration
         self.number += 1
@@ -130,7 +143,6 @@ class _CsvLines:
         return line
 
     def decode(self, raw):
-        self.report.bytes_read += len(raw)
         try:
             line = raw.decode("utf-8-sig" if self.number == 0 else "utf-8")
         except UnicodeDecodeError:
@@ -156,10 +168,10 @@ class _CsvLines:
         self.marked = True
 
 
-def _csv_rows(path, handle, report):
+def _csv_rows(path, raw_lines):
     """Yield (place, list of fields, None) or (place, None, problem) for every row, the header included."""
     csv.field_size_limit(LONGEST_FIELD)
-    lines = _CsvLines(handle, report)
+    lines = _CsvLines(raw_lines)
     reader = csv.reader(lines, strict=True)
     while True:
         place = f"{path}:{lines.start_row()}"
@@ -181,8 +193,8 @@ def _csv_rows(path, handle, report):
         yield place, fields, None
 
 
-def _csv_records(path, handle, columns, report, json_columns, alternative):
-    rows = _csv_rows(path, handle, report)
+def _csv_records(path, raw_lines, columns, json_columns, alternative):
+    rows = _csv_rows(path, raw_lines)
     _, header, problem = next(rows, (None, [], None))
     if problem:
         raise UserError(f"{path}:1: the header cannot be read ({problem})")
@@ -209,9 +221,8 @@ def _csv_records(path, handle, columns, report, json_columns, alternative):
         yield place, record, problem
 
 
-def _jsonl_records(path, handle, columns, report, json_columns, alternative):
-    for number, raw in enumerate(handle, 1):
-        report.bytes_read += len(raw)
+def _jsonl_records(path, raw_lines, columns, json_columns, alternative):
+    for number, raw in enumerate(raw_lines, 1):
         if not raw.strip():
             continue
         record, problem = None, None

@@ -119,7 +119,7 @@ def _turns(record):
             raise ValueError(f"conversations: every turn needs a role ({', '.join(ROLES)}) and a content that is text")
         turns = [(ROLES.index(role), content) for role, content in turns]
     else:
-        pairs = record["history"] or []
+        pairs = [] if record["history"] is None else record["history"]
         if not isinstance(pairs, list) or not all(
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
         ):

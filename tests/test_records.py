@@ -1,0 +1,163 @@
+"""Rows survive the way through .csv and .jsonl byte for byte; bad ones are counted with the line on which they begin."""
+
+import csv
+import gzip
+import json
+import lzma
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.cli import UserError
+from model.records import RowReport, iter_records
+
+NASTY = ["NA", "null", "nan", "None", "", " ", '"', '""', "\\", "\\n", "a\nb", "\n", "\r", "a\rb", "c\r\nd", "e\r", ",", "😀👩‍👧", "\x00", "\u2028", "\ufeff"]
+texts = st.one_of(st.sampled_from(NASTY), st.text(st.one_of(st.sampled_from('",\\\r\n\tN'), st.characters(codec="utf-8")), max_size=12))
+
+
+def write_csv(path, header, rows, **dialect):
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle, **{"lineterminator": "\n", **dialect}).writerows([header, *rows])
+    return path
+
+
+def read(path, *arguments, **keywords):
+    report = RowReport()
+    return list(iter_records(path, *arguments, report=report, **keywords)), report
+
+
+@settings(deadline=None, max_examples=150)
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=6), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+def test_csv_round_trip(tmp_path_factory, rows, quoting):
+    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", ["id", "text", "q"], [[0, *row] for row in rows], quoting=quoting)
+    records, report = read(path, ("q", "text"))
+    assert [(record["text"], record["q"]) for record in records] == rows
+    assert not report.dropped and report.rows == len(rows)
+
+
+@settings(deadline=None, max_examples=80)
+@given(values=st.lists(texts, min_size=1, max_size=6))
+def test_one_column_csv_round_trip(tmp_path_factory, values):
+    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", ["text"], [[value] for value in values])
+    assert [record["text"] for record in read(path, ("text",))[0]] == values
+
+
+@settings(deadline=None, max_examples=80)
+@given(values=st.lists(texts, min_size=1, max_size=6), ascii_only=st.booleans())
+def test_jsonl_round_trip(tmp_path_factory, values, ascii_only):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": value}, ensure_ascii=ascii_only) + "\n" for value in values), newline="\n")
+    assert [record["text"] for record in read(path, ("text",))[0]] == values
+
+
+def test_windows_line_ends_and_byte_order_mark(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffq,a\r\n1,"x\r\ny"\r\n2,z\r\n'.encode())
+    assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "x\r\ny"}, {"q": "2", "a": "z"}]
+
+
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)])
+def test_compressed(tmp_path, suffix, compress):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress('{"text": "雪"}\n'.encode()))
+    assert read(path, ("text",))[0] == [{"text": "雪"}]
+
+
+def test_long_field(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["长" * 300_000]])
+    assert len(read(path, ("text",))[0][0]["text"]) == 300_000
+
+
+def test_bad_csv_rows_are_counted_where_they_begin(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'q,a\n1,"two\nlines"\n'  # 2-3
+        b"\xff,broken byte\n"  # 4
+        b"only one\n"  # 5
+        b'2,"a"b\n'  # 6: characters behind a closing quote
+        b"\n"
+        b'3,"three\nphysical\nlines"\n'  # 8-10
+        b"1,2,3\n"  # 11
+        b'4,"never closed\n'  # 12: must not swallow what follows
+        b"5,kept\n6,kept too\n"
+    )
+    records, report = read(path, ("q", "a"))
+    assert [record["q"] for record in records] == list("1356")
+    assert report.places == {
+        "not UTF-8": [f"{path}:4"],
+        "wrong number of fields": [f"{path}:5", f"{path}:11"],
+        "broken CSV: ',' expected after '\"'": [f"{path}:6"],
+        "broken CSV: unexpected end of data": [f"{path}:12"],
+    }
+    assert report.rows == 9 and report.kept == 4 and report.dropped.total() == 5
+    assert f"{path}:11" in "\n".join(report.summary())
+
+
+def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"text": "good"}', b"", b'{"text": "cut', b'{"text": "\xff"}', b"[1]", b'"text"', b'{"text": 3}', b'{"no": ""}']
+    lines += [b'{"text": null}', b'{"text": "\\ud83d"}', b'{"text": "\\uD83D\\uDE00"}', b"[" * 100_000]
+    path.write_bytes(b"\n".join(lines))
+    records, report = read(path, ("text",))
+    assert [record["text"] for record in records] == ["good", "😀"]
+    places = {reason: [int(place.rsplit(":", 1)[1]) for place in places] for reason, places in report.places.items()}
+    assert places == {
+        "not JSON": [3, 12],
+        "not UTF-8": [4],
+        "not a JSON object": [5, 6],
+        "text is not a string": [7, 9],
+        "no field 'text'": [8],
+        "half a surrogate pair in the text": [10],
+    }
+
+
+def test_json_columns_and_alternative(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["history", "q"], [['[["q", "a"]]', "1"], ["", "2"], ["[", "3"], ['["\\ud800"]', "4"]])
+    records, report = read(path, ("history", "q"), json_columns=("history",))
+    assert records == [{"history": [["q", "a"]], "q": "1"}, {"history": None, "q": "2"}]
+    assert report.places["history: not JSON"] == [f"{path}:4"]
+    assert "history: half a surrogate pair in the text" in report.dropped
+    path = tmp_path / "b.jsonl"
+    path.write_text('{"q": "1"}\n{"conversations": [], "q": 2}\n')
+    assert read(path, ("q",), json_columns=("conversations",), alternative="conversations")[0] == [{"q": "1"}, {"conversations": []}]
+
+
+def test_without_a_report_bad_rows_go_to_stderr(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{\n')
+    assert len(list(iter_records(path, ("text",)))) == 1
+    assert f"{path}:2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", b"", ["empty"]),
+        ("a.csv", b"text\n", ["empty"]),
+        ("a.jsonl", b"\n\n", ["empty"]),
+        ("a.csv", b"title,body\n1,2\n", ["'text'", "title, body"]),
+        ("a.csv", b"\xff\xfe\n1\n", [":1", "not UTF-8"]),
+        ("a.jsonl", b'{"title": "x"}\n', ["'text'", "title", ":1"]),
+        ("a.jsonl", b"no json\n" * 3, ["not JSON", "first 3 rows"]),
+        ("a.jsonl", b"no json\n" * 5000, ["not JSON", "first 1,000 rows"]),
+        ("a.txt", b"text\n", [".csv or .jsonl"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 10_000)[:-20], ["compressed"]),
+        ("a.jsonl.xz", b'{"text": "x"}\n', ["compressed"]),
+        ("a.jsonl.zst", b'{"text": "x"}\n', ["compressed"]),
+    ],
+)
+def test_useless_files_end_in_one_line(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        list(iter_records(path, ("text",)))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        list(iter_records(tmp_path / "none.csv", ("text",)))

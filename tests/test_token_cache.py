@@ -1,0 +1,229 @@
+"""The token cache holds exactly the file's tokens, is found again only for the same bytes and tokenizer, and is never half."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_records import texts, write_csv
+
+from model.cli import UserError
+from model.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
+from model.tokenizer import encode_text, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = load_tokenizer()
+
+
+def open_pretrain(path, cache_dir=None):
+    return open_token_cache(path, TOKENIZER, PretrainEncoding(TOKENIZER), cache_dir)
+
+
+def documents(cache):
+    return [piece.tolist() for piece in np.split(np.asarray(cache.tokens), cache.document_ends[:-1])]
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(texts.filter(bool), min_size=1, max_size=5))
+def test_round_trip(tmp_path_factory, values):
+    path = write_csv(tmp_path_factory.mktemp("cache") / "a.csv", ["text"], [[value] for value in values])
+    cache = open_pretrain(path)
+    assert cache.tokens.dtype == np.uint16
+    assert documents(cache) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+    assert [TOKENIZER.decode(ids[1:-1], clean_up_tokenization_spaces=False) for ids in documents(cache)] == values
+
+
+def test_many_blocks_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.token_cache.BLOCK_CHARACTERS", 50)
+    values = [f"第{number}句" * (number % 7 + 1) for number in range(500)]
+    cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value] for value in values]))
+    assert documents(cache) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+
+
+def test_compressed_and_plain_files_hold_the_same_tokens(tmp_path):
+    import gzip
+
+    plain = tmp_path / "a.jsonl"
+    plain.write_text('{"text": "雪"}\n')
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert documents(open_pretrain(plain)) == documents(open_pretrain(packed))
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path):
+    class Large(type(TOKENIZER)):
+        def __len__(self):
+            return 70_000
+
+    tokenizer = Large(tokenizer_object=TOKENIZER.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    assert open_token_cache(path, tokenizer, PretrainEncoding(tokenizer)).tokens.dtype == np.uint32
+
+
+def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["aaaa"]])
+    first, stat = open_pretrain(path).folder, path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert open_pretrain(path).folder == first
+    path.write_bytes(path.read_bytes().replace(b"aaaa", b"bbbb"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_pretrain(path).folder != first
+    assert documents(open_pretrain(path))[0][1:-1] == encode_text(TOKENIZER, "bbbb")
+
+
+def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.token_cache.HASHED_PIECE", 10)
+    path, hashes = tmp_path / "a", set()
+    for position in range(35):
+        content = bytearray(35)
+        content[position] = 1
+        path.write_bytes(content)
+        hashes.add(content_hash(path))
+    assert len(hashes) == 35
+
+
+def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]])
+    first = open_pretrain(path)
+    monkeypatch.setattr("model.token_cache._build", lambda *arguments: pytest.fail("built twice"))
+    monkeypatch.setattr("model.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked"))
+    again = open_pretrain(path)
+    assert documents(again) == documents(first)
+    assert again.report.dropped == {"empty text": 1} and again.report.places["empty text"] == [f"{path}:3"]
+
+
+def test_a_cut_cache_is_built_again(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪山"]])
+    folder = open_pretrain(path).folder
+    expected = (folder / "tokens.bin").read_bytes()
+    (folder / "tokens.bin").write_bytes(expected[:-2])
+    assert documents(open_pretrain(path)) and (folder / "tokens.bin").read_bytes() == expected
+
+
+def test_workers_get_the_folder_not_the_tokens(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪" * 5000]])
+    cache = open_pretrain(path)
+    packed = pickle.dumps(cache)
+    assert len(packed) < 500 and documents(pickle.loads(packed)) == documents(cache)
+
+
+def test_nothing_usable_and_nothing_left_behind(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [[""], [""]])
+    with pytest.raises(UserError, match="no row left to learn from.*empty text"):
+        open_pretrain(path)
+    path = write_csv(tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]])
+    with pytest.raises(UserError, match="no row left to learn from"):
+        open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
+    assert list((tmp_path / ".cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("code, word", [(28, "No space left"), (30, "Read-only"), (13, "Permission")])
+def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch, code, word):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    monkeypatch.setattr("model.token_cache._write_arrays", fail)
+    with pytest.raises(UserError, match=f"{word}.*--cache_dir"):
+        open_pretrain(path, tmp_path / "elsewhere")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    encode = PretrainEncoding.encode
+
+    def append_and_encode(self, texts, dtype):
+        with open(path, "a") as handle:
+            handle.write("more\n")
+        return encode(self, texts, dtype)
+
+    monkeypatch.setattr(PretrainEncoding, "encode", append_and_encode)
+    with pytest.raises(UserError, match="changed while"):
+        open_pretrain(path)
+    assert list((tmp_path / ".cache").iterdir()) == []
+
+
+BUILD = """
+import os, sys, time
+from model import token_cache
+from model.tokenizer import load_tokenizer
+step, path, go = sys.argv[1:]
+function = getattr(token_cache, step)
+def held(*arguments):
+    result = function(*arguments)
+    print("held", flush=True)
+    while not os.path.exists(go):
+        time.sleep(0.02)
+    return result
+setattr(token_cache, step, held)
+tokenizer = load_tokenizer()
+print(token_cache.open_token_cache(path, tokenizer, token_cache.PretrainEncoding(tokenizer)).tokens.tolist(), flush=True)
+"""
+
+
+def start_build(step, path, go, output):
+    """A process that tokenises `path`, and behind the function `step` of the token cache waits until the file `go` exists."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", BUILD, step, str(path), str(go)]
+    return subprocess.Popen(command, stdout=open(output, "w"), stderr=subprocess.STDOUT, env=environment)
+
+
+def wait_for(condition, processes):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
+    path, go = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / "go"
+    outputs = [tmp_path / "0", tmp_path / "1"]
+    processes = [start_build("_write_arrays", path, go, output) for output in outputs]
+    wait_for(lambda: sorted(output.read_text()[:7] for output in outputs) == ["held\n", "waiting"], processes)
+    go.touch()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert {output.read_text().splitlines()[-1] for output in outputs} == {str([1, *encode_text(TOKENIZER, "雪"), 2])}
+    assert sum("held" in output.read_text() for output in outputs) == 1
+
+
+def test_a_killed_build_leaves_nothing_that_looks_usable_and_no_stale_lock(tmp_path):
+    path, output = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / "0"
+    process = start_build("_write_arrays", path, tmp_path / "never", output)
+    wait_for(lambda: output.read_text() == "held\n", [process])
+    process.kill()
+    process.wait()
+    leftovers = list((tmp_path / ".cache").iterdir())
+    assert len(leftovers) == 1 and ".tmp-" in leftovers[0].name
+    cache = open_pretrain(path)
+    assert documents(cache) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
+    assert list((tmp_path / ".cache").iterdir()) == [cache.folder]
+
+
+def test_sft_cache_by_turns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"history": [["问", "答"]], "q": "q", "a": "a"},
+        {"history": [], "q": "q", "a": ""},
+        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "</s>"}, {"role": "user", "content": "x"}]},
+        {"conversations": [{"role": "user", "content": "hi"}]},
+        {"conversations": [{"role": "robot", "content": "hi"}]},
+        {"conversations": [{"role": "user"}]},
+        {"conversations": "hi"},
+        {"history": [["a", "b", "c"]], "q": "q", "a": "a"},
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
+    assert cache.row_ends.tolist() == [4, 6] and cache.turn_roles.tolist() == [1, 2, 1, 2, 1, 2]
+    text = "<s>user\n问</s>\n<s>assistant\n答</s>\n<s>user\nq</s>\n<s>assistant\na</s>\n<s>user\nhi</s>\n<s>assistant\n</s></s>\n"
+    assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 6
+    assert cache.report.dropped.total() == 6 and cache.report.kept == 2
+    lines = {place.rsplit(":", 1)[1] for places in cache.report.places.values() for place in places}
+    assert lines == {"2", "4", "5", "6", "7", "8"}
