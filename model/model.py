@@ -114,18 +114,78 @@ class Attention(nn.Module):
         value = self.wv(x).view(batch, length, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if kv_cache is not None:
             key, value = kv_cache.update(key, value, layer_index)
-        attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
-        output = attend(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and length > 1,
-            enable_gqa=self.n_heads != self.n_kv_heads,
-        )
+        output = self.attend(query, key, value, mask)
         output = self.wo(output.transpose(1, 2).reshape(batch, length, -1))
         return F.dropout(output, self.dropout, self.training)
+
+    def attend(self, query, key, value, mask):
+        """query [B, H, T, D], key and value [B, G, K, D] -> [B, H, T, D], by the fastest kernel that can do it."""
+        dropout = self.dropout if self.training else 0.0
+        if self.flash_attn and dropout == 0 and mask is None and BlockAttention.pays(query, key):
+            return BlockAttention.apply(query, key, value)
+        attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
+        causal = mask is None and query.shape[2] > 1
+        grouped = self.n_heads != self.n_kv_heads
+        return attend(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+
+
+class BlockAttention(torch.autograd.Function):
+    """Causal attention for bfloat16 training on a CPU, where PyTorch's fused kernel loses its time in tiny products.
+
+    Queries go in blocks, each against all keys up to its end, all heads of all rows in one batched product, so that a
+    block's scores stay in the cache and the upper triangle is never computed. Probabilities are kept for the backward
+    pass in bfloat16: B * H * T^2 bytes a layer. Backward: dS = P * (dP - rowsum(dO * O)), as in FlashAttention-2 (Dao
+    2023, arXiv 2307.08691, algorithm 2).
+    """
+
+    BLOCK = 64
+
+    @staticmethod
+    def pays(query, key):
+        training = torch.is_grad_enabled() and query.requires_grad
+        return query.device.type == "cpu" and query.dtype == torch.bfloat16 and training and query.shape[2] == key.shape[2]
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        (batch, heads, length, size), groups = query.shape, key.shape[1]
+        # Query heads that share a key head stand side by side, so one product with that key head serves them all.
+        query = (query * size**-0.5).reshape(batch * groups, heads // groups, length, size)
+        key, value = (part.reshape(batch * groups, length, size) for part in (key, value))
+        output, probabilities = torch.empty_like(query), []
+        future = torch.ones(BlockAttention.BLOCK, BlockAttention.BLOCK, dtype=torch.bool).triu(1)
+        for start, end in BlockAttention.blocks(length):
+            scores = query[:, :, start:end].flatten(1, 2) @ key[:, :end].transpose(1, 2)
+            scores = scores.view(*query.shape[:2], end - start, end)
+            scores[..., start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
+            probability = scores.softmax(dim=-1).flatten(1, 2)
+            output[:, :, start:end] = (probability @ value[:, :end]).view_as(output[:, :, start:end])
+            probabilities.append(probability)
+        ctx.save_for_backward(query, key, value, output, *probabilities)
+        ctx.batch = batch
+        return output.view(batch, heads, length, size)
+
+    @staticmethod
+    def backward(ctx, output_gradient):
+        query, key, value, output, *probabilities = ctx.saved_tensors
+        output_gradient = output_gradient.reshape(query.shape)
+        product = (output_gradient * output).sum(dim=-1, keepdim=True)
+        query_gradient = torch.empty_like(query)
+        key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
+        for probability, (start, end) in zip(probabilities, BlockAttention.blocks(query.shape[2])):
+            gradient = output_gradient[:, :, start:end].flatten(1, 2)
+            scores_gradient = gradient @ value[:, :end].transpose(1, 2)
+            scores_gradient.sub_(product[:, :, start:end].flatten(1, 2)).mul_(probability)
+            query_gradient[:, :, start:end] = (scores_gradient @ key[:, :end]).view_as(query_gradient[:, :, start:end])
+            key_gradient[:, :end] += scores_gradient.transpose(1, 2) @ query[:, :, start:end].flatten(1, 2)
+            value_gradient[:, :end] += probability.transpose(1, 2) @ gradient
+        batch, (length, size) = ctx.batch, query.shape[2:]
+        query_gradient = (query_gradient * size**-0.5).view(batch, -1, length, size)
+        return query_gradient, *(g.to(key.dtype).view(batch, -1, length, size) for g in (key_gradient, value_gradient))
+
+    @staticmethod
+    def blocks(length):
+        """(start, end) of each block of queries."""
+        return [(start, min(start + BlockAttention.BLOCK, length)) for start in range(0, length, BlockAttention.BLOCK)]
 
 
 def plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
@@ -357,11 +417,9 @@ class Transformer(PreTrainedModel, GenerationMixin):
                 aux_losses.append(aux_loss)
         x = self.norm(x)
         aux_loss = torch.stack(aux_losses).sum() if aux_losses else x.new_zeros((), dtype=torch.float32)
-        loss = None if labels is None else self.token_loss(x, labels, num_items_in_batch)
-        if isinstance(logits_to_keep, torch.Tensor):
-            x = x.take_along_dim(logits_to_keep[..., None], dim=1)
-            logits_to_keep = 0
-        logits = self.output(x[:, -logits_to_keep:]) if return_logits else None  # [:, -0:] is all of them
+        all_logits = self.output(x) if return_logits and labels is not None else None
+        loss = None if labels is None else self.token_loss(x, all_logits, labels, num_items_in_batch)
+        logits = self.kept_logits(x, all_logits, logits_to_keep) if return_logits else None
         return MiniMindOutput(loss=loss, logits=logits, aux_loss=aux_loss)
 
     def rotary(self, input_ids, past, position_ids):
@@ -389,10 +447,56 @@ class Transformer(PreTrainedModel, GenerationMixin):
             allowed = allowed & (attention_mask[:, None, None, :].bool() | own.view(-1, 1, length, keys))
         return allowed
 
-    def token_loss(self, x, labels, num_items_in_batch):
-        """Cross-entropy of x [B, T, C] against labels [B, T] shifted by one; see forward."""
-        logits = self.output(x[:, :-1]).flatten(0, 1).float()
-        targets = labels[:, 1:].flatten()
+    def kept_logits(self, x, all_logits, logits_to_keep):
+        """Logits of the last logits_to_keep positions (0: all), or of the positions it holds, LongTensor [B, n]."""
+        x = x if all_logits is None else all_logits
+        if isinstance(logits_to_keep, torch.Tensor):
+            x = x.take_along_dim(logits_to_keep[..., None], dim=1)
+        elif logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        return self.output(x) if all_logits is None else x
+
+    def token_loss(self, x, logits, labels, num_items_in_batch):
+        """Cross-entropy of x [B, T, C], or of its logits where they exist, against labels [B, T] shifted by one."""
+        x, targets = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum().clamp(min=1)
-        return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_items_in_batch
+        if logits is None and x.device.type == "cpu" and torch.is_grad_enabled():
+            return ChunkedCrossEntropy.apply(x, self.output.weight, targets) / num_items_in_batch
+        logits = self.output(x) if logits is None else logits[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / num_items_in_batch
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of x [N, C] times weight [V, C] transposed against targets [N] (-100 ignored).
+
+    A chunk's logits become their own gradient while still in the cache (softmax minus one-hot), so neither [N, V] nor a
+    second pass over it is needed. Built for the CPU; a GPU has the memory and torch.compile fuses the plain form there.
+    """
+
+    ROWS = 256
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        narrow = weight.to(dtype)
+        loss, x_gradient, weight_gradient = 0.0, torch.empty_like(x), torch.zeros_like(weight)
+        for rows in range(0, x.shape[0], ChunkedCrossEntropy.ROWS):
+            rows = slice(rows, rows + ChunkedCrossEntropy.ROWS)
+            part, target = x[rows].to(dtype), targets[rows, None]
+            ignored, target = target == -100, target.clamp(min=0)
+            logits = (part @ narrow.t()).to(weight.dtype)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            loss = loss + (log_sum - logits.gather(1, target)).masked_fill(ignored, 0.0).sum()
+            gradient = logits.sub_(log_sum).exp_()
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            gradient = gradient.masked_fill_(ignored, 0.0).to(dtype)
+            x_gradient[rows] = (gradient @ narrow).to(x.dtype)
+            weight_gradient += gradient.t() @ part
+        ctx.save_for_backward(x_gradient, weight_gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, loss_gradient):
+        x_gradient, weight_gradient = ctx.saved_tensors
+        return x_gradient * loss_gradient, weight_gradient * loss_gradient, None
