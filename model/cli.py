@@ -150,9 +150,55 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     reports.add_argument("--wandb_run_name", help="default: stage and dim")
 
 
+def add_inference_flags(parser):
+    """The flags of every script that runs a trained model: which one, how it picks tokens, on what machine."""
+    group = parser.add_argument_group("checkpoint", "a file, or what finds the one a training stage wrote")
+    group.add_argument("--checkpoint", metavar="PTH", help="the .pth to run (default: the latest stage in --out_dir)")
+    group.add_argument("--out_dir", default="out", help="where to look for checkpoints (default: %(default)s)")
+    group.add_argument("--tokenizer_path", help="tokenizer folder (default: model/minimind_tokenizer)")
+    group.add_argument("--preset", help="named shape (default: minimind-v1-small); a wrong name lists them all")
+    group.add_argument("--dim", type=positive_int, help="model width")
+    group.add_argument("--n_layers", type=positive_int, help="number of layers")
+    group.add_argument("--n_heads", type=positive_int, help="attention heads, for a .pth without its .json")
+    group.add_argument("--n_kv_heads", type=positive_int, help="key/value heads, for a .pth without its .json")
+    group.add_argument("--use_moe", action="store_true", default=None, help="mixture of experts instead of dense")
+    group.add_argument("--max_seq_len", type=positive_int, help="context: prompt and answer (default: the checkpoint's)")
+    group.add_argument(
+        "--rope_scaling", choices=("linear", "yarn"), help="stretch positions when --max_seq_len exceeds the trained length"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--temperature", type=non_negative_float, default=0.7, help="0: always the most probable (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--top_k", type=non_negative_int, default=8, help="of the k most probable tokens, 0: of all (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--top_p", type=float, default=1.0, help="of the most probable with this much in sum (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--max_new_tokens", type=positive_int, default=256, help="longest answer, prompt not counted (default: %(default)s)"
+    )
+    sampling.add_argument("--seed", type=non_negative_int, default=1337, help="same seed, same answer (default: %(default)s)")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    machine.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="of weights and cache (default: bfloat16 where the hardware has it, else float32)",
+    )
+    machine.add_argument("--compile", action="store_true", help="torch.compile the decoding step: slow start, faster tokens")
+
+
 def model_overrides(args, names=SHAPE_FLAGS + ("max_seq_len", "dropout")):
-    """The model flags given on the command line, as a dict."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    """The model flags given on the command line, as a dict; a flag that the script does not have counts as not given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def command_line(*extra):
