@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 
@@ -24,6 +25,9 @@ def run_main(main):
         sys.exit(main() or 0)
     except UserError as error:
         message, code = str(error), error.exit_code
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough: nobody is left to tell anything
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         if error.errno not in FULL_DISK + (errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
             raise

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from model.cli import UserError
-from model.tokenizer import StreamDecoder, render_conversation
+from model.checkpoint import check_tokenizer, checkpoint_path, load_model, read_metadata, requested_config
+from model.cli import SHAPE_FLAGS, UserError, model_overrides
+from model.distributed import select_device, select_dtype
+from model.LMConfig import LMConfig
+from model.tokenizer import StreamDecoder, load_tokenizer, render_conversation
 
 
 class KVCache:
@@ -290,6 +293,13 @@ class Engine:
         return request
 
     @property
+    def description(self):
+        """One line for the user: size of the model, number format, device, context."""
+        weight, count = self.model.tok_embeddings.weight, sum(part.numel() for part in self.model.parameters())
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"{count:,} parameters, {dtype} on {weight.device}, context {self.max_length} tokens"
+
+    @property
     def has_work(self):
         """True while any request is running or waiting."""
         return bool(self.running or self.waiting)
@@ -423,3 +433,44 @@ def conversation_prompt(tokenizer, messages, context, max_new_tokens):
         dropped += 1
         while turns[dropped]["role"] != "user" and dropped < len(turns) - 1:
             dropped += 1
+
+
+def open_engine(args, stages, **engine_arguments):
+    """(Engine, path of its checkpoint) as the inference flags in `args` ask.
+
+    Without --checkpoint the first of `stages`, such as "multi_chat/full_sft", that has a file for the flags' shape.
+    Raises UserError when there is none, when shape or tokenizer do not fit, or for a device that is not there.
+    """
+    device = select_device(args.device)
+    dtype = select_dtype(args.dtype, device)
+    path = args.checkpoint or find_checkpoint(args, stages)
+    overrides = model_overrides(args)
+    if args.preset:
+        overrides.update({name: getattr(requested_config(args), name) for name in SHAPE_FLAGS})
+    if args.rope_scaling:
+        trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
+        if (args.max_seq_len or 0) <= trained:
+            raise UserError(f"--rope_scaling needs a --max_seq_len above the trained {trained} tokens", exit_code=2)
+        overrides["rope_scaling"] = {"rope_type": args.rope_scaling, "factor": args.max_seq_len / trained}
+    model, metadata = load_model(path, **overrides)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    check_tokenizer(tokenizer, path, model, metadata)
+    return Engine(model.to(device, dtype), tokenizer, **engine_arguments), path
+
+
+def find_checkpoint(args, stages):
+    """The checkpoint of the first of `stages` that was trained in the shape of the flags; UserError names what there is."""
+    config = requested_config(args)
+    paths = [checkpoint_path(args.out_dir, stage, config) for stage in stages]
+    for path in paths:
+        if path.is_file():
+            return path
+    found = {str(other) for path in paths for other in path.parent.glob("*.pth") if other.suffixes == [".pth"]}
+    hint = f"there is {', '.join(sorted(found))}: name one with --checkpoint" if found else "train one first, or use --checkpoint"
+    raise UserError(f"{' or '.join(map(str, paths))}: no such checkpoint; {hint}")
+
+
+def sampling_parameters(args):
+    """The sampling flags in `args` as SamplingParameters."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed")
+    return SamplingParameters(**{name: getattr(args, name) for name in names})

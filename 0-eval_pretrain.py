@@ -1,0 +1,61 @@
+"""Continue a text with a pretrained model: the quickest look at what stage 1 has taught it.
+
+A pretrained model goes on writing; it does not answer. Ask it questions after stage 3, with 2-eval.py.
+
+    python 0-eval_pretrain.py                                  # a few openings, with the checkpoint stage 1 wrote
+    python 0-eval_pretrain.py --prompt "长江是" --temperature 0
+    python 0-eval_pretrain.py --prompt_file dataset/heldout/cloze.jsonl     # {"prompt", "answer"} rows: accuracy
+"""
+
+import argparse
+
+from model.cli import add_inference_flags, run_main
+
+OPENINGS = ("中国的首都是", "长江是", "太阳从", "世界上最高的山峰是", "水是由", "从前，有一个小村庄，", "读书的好处是")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompt", action="append", help="text to go on from, may be given several times")
+    texts.add_argument("--prompt_file", help='.txt with a text a line, or .jsonl with {"prompt"} and perhaps {"answer"}')
+    parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
+    add_inference_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+
+    # Imported after the arguments are read, so that --help answers at once.
+    from model.demo_world import score_answer
+    from model.evaluation import check_prompts, measure_accuracy, print_accuracy, print_stream, read_questions
+    from model.generation import open_engine, sampling_parameters
+    from model.tokenizer import encode_text
+
+    check_prompts(args.prompt or ())
+    if args.prompt_file:
+        rows = read_questions(args.prompt_file, "prompt")
+    else:
+        rows = [{"prompt": text} for text in args.prompt or OPENINGS]
+    parameters = sampling_parameters(args)
+    engine, path = open_engine(args, ("pretrain",))
+    print(f"{path}: {engine.description}")
+
+    # Documents were trained as <s> text </s>, so a text to continue begins with <s>.
+    prompts = [[engine.tokenizer.bos_token_id, *encode_text(engine.tokenizer, row["prompt"])] for row in rows]
+
+    if all("answer" in row for row in rows):
+        # What counts is how the sentence ends: the first one of the continuation.
+        def is_right(row, text):
+            return score_answer({"q": row["prompt"], **row}, text.split("。")[0])
+
+        print_accuracy(measure_accuracy(engine, rows, prompts, parameters, is_right), args.json)
+        return
+    for row, prompt in zip(rows, prompts):
+        print(f"\n{row['prompt']}", end="", flush=True)
+        print_stream(engine, prompt, parameters)
+
+
+if __name__ == "__main__":
+    run_main(main)

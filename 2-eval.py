@@ -1,0 +1,106 @@
+"""Talk to a chat model in the terminal: fixed questions, your own, or a conversation.
+
+Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the single-turn one; or --checkpoint.
+
+    python 2-eval.py                                           # the eight fixed questions, same seed, same answers
+    python 2-eval.py --prompt "你是谁？" --temperature 0
+    python 2-eval.py --interactive                             # a conversation; /clear forgets it, /exit leaves
+    python 2-eval.py --prompt_file dataset/heldout/facts.jsonl --json       # rows with answers: accuracy by task
+"""
+
+import argparse
+import sys
+
+from model.cli import UserError, add_inference_flags, non_negative_int, run_main
+
+QUESTIONS = (
+    "你知道长江吗？",
+    "第一颗人造卫星是哪个国家发射的？",
+    "你知道泰山在哪里吗？",
+    "世界上最高的山峰是什么？",
+    "万有引力是谁提出的？",
+    "你知道大熊猫的主要食物是什么吗？",
+    "海水为什么是咸的？",
+    "一星期有多少天？",
+)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    questions = parser.add_mutually_exclusive_group()
+    questions.add_argument("--prompt", action="append", help="a question, may be given several times")
+    questions.add_argument("--prompt_file", help='.txt with a question a line, or .jsonl {"q"[, "history"][, "answer"]}')
+    questions.add_argument("--interactive", action="store_true", help="a conversation: type, and it answers")
+    parser.add_argument(
+        "--history", type=non_negative_int, help="earlier exchanges the model sees (default: all with --interactive, else 0)"
+    )
+    parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
+    add_inference_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+
+    # Imported after the arguments are read, so that --help answers at once.
+    from model.evaluation import chat_prompt, check_prompts, measure_accuracy, print_accuracy, print_stream, read_questions
+    from model.generation import open_engine, sampling_parameters
+
+    check_prompts(args.prompt or ())
+    if args.prompt_file:
+        rows = read_questions(args.prompt_file, "q")
+    else:
+        rows = [{"q": question} for question in args.prompt or QUESTIONS]
+    parameters = sampling_parameters(args)
+    engine, path = open_engine(args, ("multi_chat/full_sft", "single_chat/full_sft"))
+    print(f"{path}: {engine.description}")
+
+    if args.interactive:
+        converse(engine, parameters, args.history)
+    elif all("answer" in row for row in rows):
+        prompts = [chat_prompt(engine, recent(row.get("history") or [], args.history), row["q"], parameters) for row in rows]
+        print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
+    else:
+        asked = []
+        for row in rows:
+            history = recent(row["history"], args.history) if row.get("history") else recent(asked, args.history or 0)
+            print(f"\nQ: {row['q']}\nA: ", end="", flush=True)
+            reply = print_stream(engine, chat_prompt(engine, history, row["q"], parameters), parameters)
+            asked.append([row["q"], reply])
+
+
+def recent(history, count):
+    """The last `count` exchanges; all of them when count is None."""
+    return history if count is None else history[len(history) - min(count, len(history)) :]
+
+
+def converse(engine, parameters, remembered):
+    """Questions from the terminal until /exit, Ctrl-D or Ctrl-C; Ctrl-C during an answer stops only the answer."""
+    from model.evaluation import chat_prompt, print_stream
+
+    sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
+    print("/clear forgets the conversation, /exit leaves")
+    history = []
+    while True:
+        try:
+            question = input("\nQ: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            question = "/exit"
+            print()
+        if question == "/exit":
+            return
+        if question == "/clear":
+            history = []
+        elif question:
+            print("A: ", end="", flush=True)
+            try:
+                prompt = chat_prompt(engine, recent(history, remembered), question, parameters)
+                history.append([question, print_stream(engine, prompt, parameters)])
+            except KeyboardInterrupt:
+                print(" (stopped)")
+            except UserError as error:
+                print(f"({error})")
+
+
+if __name__ == "__main__":
+    run_main(main)
