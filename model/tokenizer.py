@@ -35,14 +35,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(path=DEFAULT_TOKENIZER_PATH):
-    """Read a tokenizer folder (tokenizer.json, tokenizer_config.json) as a transformers fast tokenizer.
+def load_tokenizer(path=None):
+    """Read a tokenizer folder (tokenizer.json, tokenizer_config.json; default: the one shipped) as a transformers fast
+    tokenizer.
 
     Raises UserError for a folder that is missing, unreadable, or whose tokenizer lacks <s> or </s>.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(path)
+    path = Path(path or DEFAULT_TOKENIZER_PATH)
     if not (path / "tokenizer.json").is_file():
         reason = "has no tokenizer.json" if path.is_dir() else "no such tokenizer folder"
         raise UserError(f"{path}: {reason}; train one with train_tokenizer.py --output_dir, or correct --tokenizer_path")
@@ -156,11 +157,15 @@ def _checked_content(message):
     return message["content"]
 
 
+def byte_characters():
+    """The character that stands for each byte 0..255 in a byte-level vocabulary (GPT-2's table: printable Latin-1 as itself)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 def _token_bytes(tokenizer):
-    """The bytes of every id, by the table of byte-level BPE (GPT-2's: printable Latin-1 stands for itself)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     table = [b""] * len(tokenizer)
     for token, token_id in tokenizer.get_vocab().items():
         known = all(character in byte_of for character in token)  # an added token is stored as plain text instead

@@ -1,0 +1,291 @@
+"""Train the tokenizer: text in, the folder model/minimind_tokenizer/ out (byte-level BPE, 6400 words, ids 0-2 <unk> <s> </s>).
+
+    python train_tokenizer.py --data_path dataset/pretrain_data.csv dataset/sft_data.csv
+
+How the words are chosen (byte-pair encoding, Sennrich et al. 2016, arXiv 1508.07909): every character seen often enough
+becomes a word; then the pair of neighbouring words seen most often becomes a word, again and again. Three choices differ
+from GPT-2's recipe, and each gives more characters per token on Chinese:
+  - Merging starts from characters, not bytes, so no word holds the end of one character and the start of the next. The
+    result is written as byte-level merges (bytes -> character -> words): any text can be encoded and is decoded exactly.
+  - Nothing but newlines and digits is split off beforehand. Chinese has no spaces, and `了。` or `，我` are good words.
+  - The sample is shared out fairly between groups of text (files, or values of --group_field), so that one large source
+    does not decide the words for all.
+
+The folder the project ships was trained with (data/ holds rows with a "source"; those named last may not be used):
+    python train_tokenizer.py --data_path "data/pretrain_zh_open-*.jsonl.xz" data/sft_zh.jsonl.gz --group_field source \\
+        --exclude_groups carbonz0/ hikariming/ nlpdata/c3 AndrewZhe/ hiyouga/ "shibing624/MedicalGPT sharegpt" \\
+        LianjiaTech/BELLE OpenLMLab/MOSS yangjianxin1/Firefly
+"""
+
+import argparse
+import collections
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+from model.cli import UserError, non_negative_int, positive_int, run_main
+from model.files import COMPRESSED_SUFFIXES, expand_paths, open_binary
+from model.records import RowReport, iter_records
+from model.tokenizer import DEFAULT_TOKENIZER_PATH, ROLES, SPECIAL_TOKENS, byte_characters, save_tokenizer
+
+DEFAULT_INPUTS = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_data.csv")
+COLUMN_LAYOUTS = (("text",), ("history", "q", "a"))
+WHOLE_WORDS = (*ROLES, "____")  # one token each, however rare: the names in every turn's header, the blank of exam questions
+CHARACTER_SHARE = 20e-6  # characters rarer than this are better spelled by their bytes than given a word of their own
+HELD_OUT_SHARE = 0.01
+SMALLEST_VOCABULARY = 512
+LARGEST_VOCABULARY = 1 << 16  # the token cache stores uint16
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", nargs="+", metavar="FILE", help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs. Rows "
+                        f"have text, or history/q/a, or conversations (default: {' or '.join(DEFAULT_INPUTS)})")
+    parser.add_argument("--output_dir", default=str(DEFAULT_TOKENIZER_PATH), help="folder to write (default: %(default)s)")
+    parser.add_argument("--vocab_size", type=positive_int, default=6400, help="number of words (default: %(default)s)")
+    parser.add_argument("--max_chars", type=positive_int, default=42_000_000,
+                        help="characters sampled at most, in equal shares for every group (default: %(default)s)")
+    parser.add_argument("--group_field", help="rows with the same value of this field are a group (default: a file is a group)")
+    parser.add_argument("--exclude_groups", nargs="+", default=[], metavar="PREFIX", help="leave out groups whose name begins so")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sample (default: %(default)s)")
+    args = parser.parse_args()
+    if not SMALLEST_VOCABULARY <= args.vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(f"--vocab_size {args.vocab_size}: must be {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}", exit_code=2)
+    if not args.data_path:
+        args.data_path = [path for path in DEFAULT_INPUTS if Path(path).exists()][:1]
+        if not args.data_path:
+            raise UserError(f"none of {', '.join(DEFAULT_INPUTS)} exists: name text with --data_path", exit_code=2)
+    return args
+
+
+def iter_documents(path, group_field, report):
+    """Stream (group, text) of a file: a row of .csv/.jsonl (a conversation's turns joined by newlines), a line of .txt."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
+    if suffixes and suffixes[-1] == ".txt":
+        yield from iter_lines(path, report)
+        return
+    columns = column_layout(path) + ((group_field,) if group_field else ())
+    for row in iter_records(path, columns, report, json_columns=("history", "conversations"), alternative="conversations"):
+        try:
+            yield row.get(group_field) or str(path), row_text(row)
+        except (TypeError, KeyError):
+            report.drop("history or conversations not made of texts", report.place)
+
+
+def iter_lines(path, report):
+    with open_binary(path) as handle:
+        for number, line in enumerate(handle, 1):
+            report.rows += 1
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                report.drop("not UTF-8", f"{path}:{number}")
+                continue
+            if text:
+                yield str(path), text
+    if not report.rows:
+        raise UserError(f"{path}: is empty, it has no lines")
+
+
+def column_layout(path):
+    """The columns of the first layout of which the file has a readable row; raises the first layout's complaint if none."""
+    complaints = []
+    for columns in COLUMN_LAYOUTS:
+        try:
+            next(iter_records(path, columns, RowReport(), json_columns=("history",), alternative="conversations"))
+            return columns
+        except UserError as error:
+            complaints.append(error)
+    raise complaints[0]
+
+
+def row_text(row):
+    if "conversations" in row:
+        texts = [message["content"] for message in row["conversations"]]
+    elif "text" in row:
+        texts = [row["text"]]
+    else:
+        texts = [*itertools.chain.from_iterable(row["history"] or []), row["q"], row["a"]]
+    return "\n".join(texts)
+
+
+def count_groups(paths, group_field):
+    """Characters of every group, reporting bad rows on stderr: Counter {group: characters}."""
+    from tqdm import tqdm
+
+    sizes = collections.Counter()
+    with tqdm(desc="Counting", unit=" rows", unit_scale=True) as progress:
+        for path in paths:
+            report = RowReport()
+            for group, text in iter_documents(path, group_field, report):
+                sizes[group] += len(text)
+                progress.update()
+            if report.dropped:
+                tqdm.write(f"{path}: " + "\n".join(report.summary()), file=sys.stderr)
+    return sizes
+
+
+def fair_shares(sizes, budget):
+    """Characters to take of each group: all of the small ones, and the same number of all others, `budget` in all."""
+    shares, left = {}, budget
+    for index, (group, size) in enumerate(sorted(sizes.items(), key=lambda item: (item[1], item[0]))):
+        shares[group] = min(size, left // (len(sizes) - index))
+        left -= shares[group]
+    return shares
+
+
+def sample_documents(paths, group_field, sizes, shares, seed):
+    """Draw each group's share evenly from all of its rows -> (documents to train on, held-out documents)."""
+    from tqdm import tqdm
+
+    random_state, left, sample, held_out = random.Random(seed), dict(shares), [], []
+    with tqdm(desc="Sampling", total=sum(shares.values()), unit=" characters", unit_scale=True) as progress:
+        for path in paths:
+            for group, text in iter_documents(path, group_field, RowReport()):
+                if not left.get(group) or random_state.random() * sizes[group] >= shares[group]:
+                    continue
+                text = text[: left[group]]
+                left[group] -= len(text)
+                (held_out if random_state.random() < HELD_OUT_SHARE else sample).append(text)
+                progress.update(len(text))
+    if not held_out and len(sample) > 1:
+        held_out.append(sample.pop())
+    return sample, held_out
+
+
+def choose_alphabet(counts, room):
+    """The frequent characters, most frequent first; their merges take at most `room` words."""
+    lowest = max(2, CHARACTER_SHARE * counts.total())
+    alphabet, merges = [], set()
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        utf8 = character.encode()
+        needed = {utf8[:length] for length in range(2, len(utf8) + 1)} - merges
+        if count < lowest or len(merges) + len(needed) > room:
+            break
+        alphabet.append(character)
+        merges |= needed
+    return alphabet
+
+
+def learn_character_merges(sample, alphabet, count):
+    """Byte-pair encoding over characters: the first `count` merges as (left, right) texts, by falling frequency."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    known = set(alphabet)
+    rare = {ord(character): "\n" for character in set().union(*map(set, sample)) - known}  # nothing merges across a rare one
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\n+"), "removed"), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=len(known) + count, min_frequency=2, show_progress=sys.stderr.isatty())
+    tokenizer.train_from_iterator((text.translate(rare) for text in sample), trainer, length=len(sample))
+    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+class ByteLevelVocabulary:
+    """Words and merges of a byte-level BPE, in which control tokens and the 256 bytes come first."""
+
+    def __init__(self, size):
+        self.size = size
+        self.character = byte_characters()
+        self.words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(self.character)))}
+        self.merges = {}  # a dict keeps the order and drops repeats
+
+    def spell(self, data):
+        return "".join(self.character[byte] for byte in data)
+
+    def add(self, left, right):
+        """Merge two words given as bytes, if there is room for the result."""
+        left, right = self.spell(left), self.spell(right)
+        if left + right in self.words or len(self.words) < self.size:
+            self.words.setdefault(left + right, len(self.words))
+            self.merges[left, right] = None
+
+    def add_character(self, character):
+        utf8 = character.encode()
+        for length in range(1, len(utf8)):
+            self.add(utf8[:length], utf8[length : length + 1])
+
+    def add_whole_word(self, word):
+        """Make one word of the pieces that `word` is encoded as; the merges come last, so other text keeps its words."""
+        backend = self.backend()
+        pieces = [backend.decoder.decode([piece]).encode() for piece in backend.encode(word).tokens]
+        while len(pieces) > 1:
+            left, right = pieces[:2]
+            self.add(left, right)
+            merged = []
+            while pieces:
+                merged.append(pieces.pop(0))
+                if merged[-1] == left and pieces[:1] == [right]:
+                    merged[-1] += pieces.pop(0)
+            pieces = merged
+
+    def backend(self):
+        """The standard `tokenizers.Tokenizer` of these words."""
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.BPE(vocab=self.words, merges=list(self.merges)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_TOKENS])
+        return tokenizer
+
+
+def train(sample, vocab_size):
+    """Train on a list of texts -> tokenizers.Tokenizer. Raises UserError when the text has too few different words."""
+    vocabulary = ByteLevelVocabulary(vocab_size)
+    room = vocab_size - len(vocabulary.words)
+    counts = collections.Counter()
+    for text in sample:
+        counts.update(text)
+    del counts["\n"]
+    alphabet = choose_alphabet(counts, room * 2 // 3)
+    for character in alphabet:
+        vocabulary.add_character(character)
+    room = vocab_size - len(vocabulary.words)
+    merges = learn_character_merges(sample, alphabet, room)
+    reserved = sum(len(word) - 1 for word in WHOLE_WORDS)
+    for left, right in merges[: max(0, len(merges) - reserved)]:
+        vocabulary.add(left.encode(), right.encode())
+    for word in WHOLE_WORDS:
+        vocabulary.add_whole_word(word)
+    for left, right in merges[max(0, len(merges) - reserved) :]:
+        vocabulary.add(left.encode(), right.encode())
+    if len(vocabulary.words) < vocab_size:
+        raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
+                        f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size")
+    return vocabulary.backend()
+
+
+def characters_per_token(backend, texts):
+    tokens = sum(len(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
+    return sum(map(len, texts)) / max(1, tokens)
+
+
+def main():
+    args = parse_arguments()
+    paths = expand_paths(args.data_path)
+    sizes = count_groups(paths, args.group_field)
+    kept = {group: size for group, size in sizes.items() if not group.startswith(tuple(args.exclude_groups))}
+    if not sum(kept.values()):
+        raise UserError(f"{', '.join(map(str, paths))}: no text left to train on; look at --data_path and --exclude_groups")
+    shares = fair_shares(kept, args.max_chars)
+    sample, held_out = sample_documents(paths, args.group_field, kept, shares, args.seed)
+    print(f"{sum(sizes.values()):,} characters in {len(sizes)} groups, {len(sizes) - len(kept)} groups excluded; "
+          f"training on {sum(map(len, sample)):,} characters of {len(sample):,} documents")
+    backend = train(sample, args.vocab_size)
+    save_tokenizer(backend, args.output_dir)
+    if held_out:
+        print(f"characters per token on {len(held_out):,} held-out documents: {characters_per_token(backend, held_out):.3f} "
+              f"(on the training sample: {characters_per_token(backend, sample[: len(held_out)]):.3f})")
+    print(f"{args.output_dir}: {backend.get_vocab_size()} words written")
+
+
+if __name__ == "__main__":
+    run_main(main)
