@@ -1,6 +1,7 @@
 """What a training run reports: lines on the terminal, a .jsonl file, Weights & Biases on request."""
 
 import json
+import netrc
 import os
 import sys
 
@@ -66,9 +67,20 @@ def start_wandb(args, run_name, config):
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb, or leave the flag out") from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if knows_wandb_key() else "offline")
     name = args.wandb_run_name or run_name
     return wandb.init(project=args.wandb_project, name=name, config=config, mode=mode)
+
+
+def knows_wandb_key():
+    """Whether `wandb login` was run here or WANDB_API_KEY is set. (wandb.init without a key asks, or ends the script.)"""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def duration(seconds):

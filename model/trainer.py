@@ -516,7 +516,7 @@ class Trainer:
         """Share of the last micro-batch's routing choices that each expert got, mean over layers; None when dense."""
         if not self.model.config.use_moe:
             return None
-        loads = [layer.feed_forward.expert_load for layer in self.model.layers]
+        loads = [layer.feed_forward.gate.expert_load for layer in self.model.layers]
         return [round(share, 4) for share in torch.stack(loads).mean(dim=0).tolist()]
 
     @torch.no_grad()

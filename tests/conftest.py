@@ -1,0 +1,84 @@
+"""What several test files share: the shipped tokenizer, tiny data files and a way to run the scripts."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, for the scripts that tests start too
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+# A model whose step takes milliseconds, as flags and as LMConfig fields.
+TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32)
+TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+PLACES = ("北京", "上海", "广州", "成都", "西安", "昆明", "拉萨", "武汉", "南京", "长沙")
+THINGS = ("面条", "火锅", "米粉", "烤鸭", "点心", "酥油茶", "泡馍", "热干面")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads():
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from model.tokenizer import load_tokenizer
+
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def pretrain_csv(tmp_path_factory):
+    """60 documents of one to six sentences, column text."""
+    chance = random.Random(0)
+    rows = []
+    for _ in range(60):
+        sentences = (f"{chance.choice(PLACES)}的{chance.choice(THINGS)}很好吃。" for _ in range(chance.randint(1, 6)))
+        rows.append({"text": "".join(sentences)})
+    return write_csv(tmp_path_factory.mktemp("data") / "pretrain.csv", rows)
+
+
+@pytest.fixture(scope="session")
+def sft_csv(tmp_path_factory):
+    """40 conversations of one or two exchanges and of different lengths, columns history, q, a."""
+    chance = random.Random(1)
+    rows = []
+    for index in range(40):
+        history = [["你好", "你好！"]] if index % 3 == 0 else []
+        answer = "、".join(chance.choice(THINGS) for _ in range(chance.randint(1, 4)))
+        question = f"{chance.choice(PLACES)}有什么好吃的？"
+        rows.append({"history": json.dumps(history, ensure_ascii=False), "q": question, "a": answer})
+    return write_csv(tmp_path_factory.mktemp("data") / "sft.csv", rows)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def run_script(*words, timeout=120, **options):
+    """Run a script of the repository with its arguments; returns the finished process with .stdout and .stderr as text."""
+    command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout, **options}
+    return subprocess.run(command, **options)
+
+
+def assert_one_line_error(process, *parts, code=1):
+    """The script failed as it should: exit code, no traceback, one `error:` line that names every part."""
+    assert process.returncode == code, process.stderr
+    assert "Traceback" not in process.stderr
+    errors = [line for line in process.stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, process.stderr
+    for part in parts:
+        assert str(part) in errors[0], errors[0]

@@ -1,0 +1,517 @@
+"""The loop: gradients, schedule, optimizer groups, precision, non-finite numbers, exact resume, reports."""
+
+import argparse
+import json
+import math
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+from model import distributed, trainer
+from model.checkpoint import build_model
+from model.cli import UserError, add_model_flags, add_training_flags
+from model.dataset import open_pretrain_data, open_sft_data
+from model.trainer import Trainer, build_optimizers, language_model_loss, learning_rate_factor, measure, start
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    add_training_flags(parser, data_path="unused", learning_rate=1e-3, epochs=1, wandb_project="test")
+    return parser.parse_args([*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", *map(str, words)])
+
+
+def make_trainer(data_path, out_dir, *words, tokenizer, loss_function=language_model_loss, sft=False):
+    args = arguments("--out_dir", out_dir, *words)
+    device, dtype = start(args)
+    model, _ = build_model(args, tokenizer)
+    open_data = open_sft_data if sft else open_pretrain_data
+    train, validation = open_data(data_path, tokenizer, model.config.max_seq_len, seed=args.seed, validation_share=0.1)
+    optimizers = build_optimizers(model, args)
+    names = dict(stage="test", tokenizer=tokenizer, device=device, dtype=dtype, loss_function=loss_function)
+    return Trainer(model, optimizers, train, validation, args, **names)
+
+
+def records(run):
+    lines = (run.path.parent / "logs" / f"{run.path.stem}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(run):
+    return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("split", [[4, 4, 4], [5, 5, 2], [1] * 12])
+def test_gradients_do_not_depend_on_the_split_into_micro_batches(sft_csv, tmp_path, tokenizer, moe, split):
+    run = make_trainer(sft_csv, tmp_path, *(["--use_moe"] if moe else []), tokenizer=tokenizer, sft=True)
+    data = run.train_loader.dataset
+
+    def gradients(sizes):
+        batches, first = [], 0
+        for size in sizes:
+            batches.append(data[list(range(first, first + size))])
+            first += size
+        counts = [measure(batch, run.byte_lengths) for batch in batches]
+        rows, items = sum(count[1] for count in counts), sum(count[0] for count in counts)
+        run.model.zero_grad()
+        loss = run.accumulate(batches, [count[1] / rows for count in counts], items)
+        return {name: parameter.grad.clone() for name, parameter in run.model.named_parameters()}, loss
+
+    whole, whole_loss = gradients([12])
+    parts, parts_loss = gradients(split)
+    assert torch.allclose(whole_loss, parts_loss, rtol=1e-5)
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, parts[name], rtol=1e-3, atol=2e-6 * gradient.abs().max().item() + 1e-8), name
+    if moe:
+        assert whole["layers.0.feed_forward.gate.weight"].abs().sum() > 0
+
+
+def test_balance_loss_reaches_the_router(sft_csv, tmp_path, tokenizer):
+    def without_cross_entropy(model, batch, num_items):
+        loss, aux_loss = language_model_loss(model, batch, num_items)
+        return loss.detach(), aux_loss
+
+    run = make_trainer(sft_csv, tmp_path, "--use_moe", tokenizer=tokenizer, sft=True, loss_function=without_cross_entropy)
+    batch = run.train_loader.dataset[[0, 1, 2]]
+    run.accumulate([batch], [1.0], measure(batch, run.byte_lengths)[0])
+    assert all(layer.feed_forward.gate.weight.grad.abs().sum() > 0 for layer in run.model.layers)
+
+
+def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tokenizer):
+    seen = []
+
+    def spy(model, batch, num_items):
+        if model.training:
+            seen.append((len(batch["input_ids"]), float(num_items)))
+        return language_model_loss(model, batch, num_items)
+
+    run = make_trainer(pretrain_csv, tmp_path, "--accumulation_steps", 4, "--epochs", 2, tokenizer=tokenizer, loss_function=spy)
+    rows, batches = len(run.train_loader.dataset), len(run.train_loader)
+    assert batches % 4 and rows % 4  # or this test shows nothing
+    run.train()
+    assert run.step == 2 * math.ceil(batches / 4)
+    assert sum(size for size, _ in seen) == 2 * rows
+    # Every supervised target was counted in exactly one step of each epoch.
+    firsts = [seen[index] for epoch in (0, batches) for index in range(epoch, epoch + batches, 4)]
+    assert sum(items for _, items in firsts) == 2 * run.train_loader.dataset.num_targets
+    assert run.progress["supervised_tokens_seen"] == 2 * run.train_loader.dataset.num_targets
+
+
+# ---- schedule and optimizers
+
+
+def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
+    total, warmup, peak = 110, 10, 2e-4
+    rates = [peak * learning_rate_factor(step, total, warmup) for step in range(total)]
+    assert rates[0] == pytest.approx(peak / 11) and rates[9] == pytest.approx(peak * 10 / 11)
+    for step in range(warmup, total):
+        t, T = step - warmup, total - warmup
+        assert rates[step] == pytest.approx(peak / 10 + 0.5 * (peak - peak / 10) * (1 + math.cos(math.pi * t / T)))
+    assert rates[warmup] == pytest.approx(peak) and rates[60] == pytest.approx(0.55 * peak)
+    assert learning_rate_factor(total, total, warmup) == pytest.approx(0.1)
+    assert learning_rate_factor(10 * total, total, warmup) == pytest.approx(0.1)
+    assert learning_rate_factor(0, 10, 0) == 1.0
+
+
+@pytest.mark.parametrize("words", [[], ["--use_moe"]])
+def test_only_matrices_decay_and_every_parameter_is_optimised_once(tokenizer, words):
+    for kind in ("adamw", "muon"):
+        args = arguments("--optimizer", kind, "--weight_decay", 0.1, *words)
+        start(args)
+        model, _ = build_model(args, tokenizer)
+        optimizers = build_optimizers(model, args)
+        assert len(optimizers) == (2 if kind == "muon" else 1)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        seen = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    seen.append(names[id(parameter)])
+                    decay = group["lr"] * group["weight_decay"]
+                    assert decay == pytest.approx(args.learning_rate * 0.1 if parameter.dim() == 2 else 0), seen[-1]
+        assert sorted(seen) == sorted(names.values())
+        if kind == "muon":
+            muon = {names[id(parameter)] for parameter in optimizers[0].param_groups[0]["params"]}
+            assert all(name.startswith("layers.") and "gate" not in name and "norm" not in name for name in muon)
+            assert optimizers[0].param_groups[0]["lr"] == pytest.approx(10 * args.learning_rate)
+
+
+def test_muon_missing_is_one_line(monkeypatch, tokenizer):
+    monkeypatch.delattr(torch.optim, "Muon")
+    args = arguments("--optimizer", "muon")
+    start(args)
+    with pytest.raises(UserError, match="--optimizer muon"):
+        build_optimizers(build_model(args, tokenizer)[0], args)
+
+
+def test_frozen_parameters_are_left_alone(tokenizer):
+    args = arguments()
+    start(args)
+    model, _ = build_model(args, tokenizer)
+    model.tok_embeddings.weight.requires_grad_(False)
+    (optimizer,) = build_optimizers(model, args)
+    assert all(model.tok_embeddings.weight is not p for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_training_lowers_the_validation_loss(pretrain_csv, tmp_path, tokenizer, kind):
+    words = ("--optimizer", kind, "--learning_rate", 5e-3, "--epochs", 4)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.train()
+    losses = [record["validation_loss"] for record in records(run) if "validation_loss" in record]
+    assert len(losses) == 2 and losses[-1] < 0.8 * losses[0]
+
+
+def test_gradient_norm_is_clipped(pretrain_csv, tmp_path, tokenizer):
+    applied = []
+    run = make_trainer(pretrain_csv, tmp_path, "--grad_clip", 0.01, "--max_steps", 3, tokenizer=tokenizer)
+    step = run.optimizers[0].step
+
+    def note(*positional, **named):
+        applied.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item())
+        return step(*positional, **named)
+
+    run.optimizers[0].step = note
+    run.train()
+    assert applied == pytest.approx([0.01] * 3, rel=1e-3)
+    assert records(run)[-1].get("gradient_norm", 1) > 0.01  # what is reported is the norm before
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
+    kinds = set()
+    words = ("--dtype", name, "--max_steps", 4, "--learning_rate", 5e-3)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    hook = run.model.layers[0].attention.wq.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    run.train()
+    hook.remove()
+    assert kinds == {getattr(torch, name)}
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert run.scaler.is_enabled() == (name == "float16")
+    losses = [record["loss"] for record in records(run) if "loss" in record]
+    assert losses[-1] < losses[0]
+
+
+def test_validation_in_bfloat16_agrees_with_float32(pretrain_csv, tmp_path, tokenizer):
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 12, "--learning_rate", 5e-3, tokenizer=tokenizer)
+    run.train()
+    exact = run.progress["validation_loss"]
+    run.dtype = torch.bfloat16
+    run.log = trainer.RunLog(tmp_path / "log.jsonl", 0, 1)
+    run.validate()
+    assert run.progress["validation_loss"] == pytest.approx(exact, rel=2e-3)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_targets(pretrain_csv, tmp_path, tokenizer):
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 1, tokenizer=tokenizer)
+    run.train()
+    data = run.validation_loader.dataset
+    nats = size = items = 0
+    run.model.eval()
+    for index in range(len(data)):
+        row = data[index]
+        with torch.no_grad():
+            logits = run.model(row["input_ids"][None]).logits[0].log_softmax(-1)
+        for position in range(1, len(row["labels"])):
+            target = int(row["labels"][position])
+            if target >= 0:
+                nats -= logits[position - 1, target].item()
+                items += 1
+                if target not in tokenizer.all_special_ids:
+                    token = tokenizer.convert_ids_to_tokens(target)
+                    size += len(token)  # byte-level: one character per byte
+    assert run.progress["validation_loss"] == pytest.approx(nats / items, rel=1e-4)
+    assert run.progress["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+
+
+# ---- what must not reach the weights
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_numbers_stop_before_the_weights_change(pretrain_csv, tmp_path, tokenizer, where):
+    calls = []
+
+    def poisoned(model, batch, num_items):
+        loss, aux_loss = language_model_loss(model, batch, num_items)
+        if model.training:
+            calls.append(1)
+            if len(calls) == 6:
+                weight = model.layers[0].attention.wq.weight
+                # sqrt at zero: a finite loss whose gradient is infinite.
+                loss = loss * math.nan if where == "loss" else loss + (weight * 0).abs().sqrt().sum()
+        return loss, aux_loss
+
+    words = ("--max_steps", 9, "--save_interval", 2)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=poisoned)
+    before = {}
+    step = run.optimizers[0].step
+
+    def note(*positional, **named):
+        result = step(*positional, **named)
+        before.update(weights(run))
+        return result
+
+    run.optimizers[0].step = note
+    with pytest.raises(UserError, match=r"step 6: (loss|gradient norm) is nan.*holds step 4"):
+        run.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+    again = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    again.resume()
+    assert again.step == 4
+
+
+def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokenizer):
+    def overflowing(model, batch, num_items):
+        loss, aux_loss = language_model_loss(model, batch, num_items)
+        return loss + (model.layers[0].attention.wq.weight * 0).abs().sqrt().sum(), aux_loss
+
+    run = make_trainer(
+        pretrain_csv, tmp_path, "--dtype", "float16", "--epochs", 9, tokenizer=tokenizer, loss_function=overflowing
+    )
+    before = weights(run)
+    with pytest.raises(UserError, match="gradient norm is nan"):
+        run.train()
+    assert 10 < run.step < 30  # 65536 halves 16 times before it falls below 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
+
+
+# ---- exact resume
+
+
+class Killed(Exception):
+    pass
+
+
+VARIANTS = {
+    "plain": [],
+    "accumulation": ["--accumulation_steps", 3],
+    "muon and dropout": ["--optimizer", "muon", "--dropout", 0.2],
+    "moe": ["--use_moe", "--dtype", "bfloat16"],
+    "float16": ["--dtype", "float16"],
+    "sft": ["--accumulation_steps", 2, "--dropout", 0.1],
+}
+
+
+@pytest.mark.parametrize("variant, killed_after", [("plain", 3), *((name, 6) for name in VARIANTS)])
+def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer, variant, killed_after):
+    data = request.getfixturevalue("sft_csv" if variant == "sft" else "pretrain_csv")
+    words = [*VARIANTS[variant], "--batch_size", 8, "--max_steps", 9, "--save_interval", 3, "--eval_interval", 4, "--log_interval", 1]
+    common = dict(tokenizer=tokenizer, sft=variant == "sft")
+    straight = make_trainer(data, tmp_path / "straight", *words, **common)
+    straight.train()
+    assert straight.step > straight.steps_per_epoch, "must cross an epoch"
+
+    def dies(model, batch, num_items):
+        if run.step == killed_after + 1:
+            raise Killed
+        return language_model_loss(model, batch, num_items)
+
+    run = make_trainer(data, tmp_path / "killed", *words, **common, loss_function=dies)
+    with pytest.raises(Killed):
+        run.train()
+    torch.manual_seed(0)
+    run = make_trainer(data, tmp_path / "killed", *words, **common)
+    run.resume()
+    assert run.step == killed_after
+    run.train()
+    assert run.step == 9
+    assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in run.model.state_dict().items())
+    assert run.path.read_bytes() == straight.path.read_bytes()
+    # The log shows every step once, with the same losses.
+    shown = [[(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)]
+    assert sorted(shown[0], key=str) == sorted(shown[1], key=str)
+
+
+def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer, capsys):
+    def interrupted(model, batch, num_items):
+        if model.training and run.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return language_model_loss(model, batch, num_items)
+
+    straight = make_trainer(pretrain_csv, tmp_path / "straight", "--max_steps", 8, tokenizer=tokenizer)
+    straight.train()
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run = make_trainer(pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer, loss_function=interrupted)
+    assert run.train() is False and run.step == 5
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert "to go on: python" in capsys.readouterr().out
+    run = make_trainer(pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer)
+    run.resume()
+    assert run.step == 5 and run.train() is True
+    assert run.path.read_bytes() == straight.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changed, flag",
+    [
+        (["--batch_size", 2], "--batch_size was 4 and is 2"),
+        (["--accumulation_steps", 2], "--accumulation_steps"),
+        (["--seed", 1], "--seed"),
+        (["--optimizer", "muon"], "--optimizer was adamw and is muon"),
+        (["--max_seq_len", 16], "--max_seq_len"),
+        (["--n_layers", 3], "layers.2"),
+    ],
+)
+def test_resume_refuses_flags_that_change_the_meaning(pretrain_csv, tmp_path, tokenizer, changed, flag):
+    make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer).train()
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, *changed, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=flag):
+        run.resume()
+
+
+def test_resume_refuses_other_data(pretrain_csv, tmp_path, tokenizer):
+    make_trainer(pretrain_csv, tmp_path, "--max_steps", 1, tokenizer=tokenizer).train()
+    other = tmp_path / "other.csv"
+    other.write_text(pretrain_csv.read_text().replace("北京", "天津"))
+    with pytest.raises(UserError, match="--data_path"):
+        make_trainer(other, tmp_path, "--max_steps", 1, tokenizer=tokenizer).resume()
+
+
+def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv, tmp_path, tokenizer, capsys):
+    make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer).train()
+    words = ("--max_steps", 4, "--learning_rate", 5e-4, "--weight_decay", 0.3)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.resume()
+    warnings = capsys.readouterr().err
+    assert all(flag in warnings for flag in ("--learning_rate was 0.001 and is 0.0005", "--weight_decay", "--max_steps"))
+    run.train()
+    assert run.step == 4
+    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.3
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4 * learning_rate_factor(3, 4, 0))
+
+
+def test_resume_of_a_finished_run_changes_nothing(pretrain_csv, tmp_path, tokenizer, capsys):
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
+    run.train()
+    content = run.path.read_bytes()
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
+    run.resume()
+    assert run.train() is True and run.path.read_bytes() == content
+    assert "nothing left to do" in capsys.readouterr().out
+
+
+def test_resume_without_a_state_is_one_line(pretrain_csv, tmp_path, tokenizer):
+    with pytest.raises(UserError, match="--resume: there is no .*test_32.resume.pth"):
+        make_trainer(pretrain_csv, tmp_path, tokenizer=tokenizer).resume()
+
+
+# ---- reports
+
+
+def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
+    words = ("--use_moe", "--max_steps", 6, "--log_interval", 2, "--eval_interval", 3)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.train()
+    lines = records(run)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 4, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6]
+    for line in steps:
+        assert len(line["expert_load"]) == 4 and sum(line["expert_load"]) == pytest.approx(1, abs=1e-3)
+        assert {"bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "tokens_seen"} <= line.keys()
+    assert steps[-1]["seconds_left"] == 0 and steps[-1]["tokens_seen"] == 6 * 4 * 32
+    assert lines[-1]["validation_bits_per_byte"] == run.progress["validation_bits_per_byte"]
+
+
+def test_mfu_formula_and_peaks(tokenizer, monkeypatch):
+    args = arguments("--use_moe")
+    start(args)
+    model, _ = build_model(args, tokenizer)
+    total, active = trainer.count_parameters(model)
+    expert = sum(p.numel() for p in model.layers[0].feed_forward.experts[0].parameters())
+    assert total - active == 2 * 2 * expert  # two of four experts idle, in two layers
+    assert trainer.flops_per_token(model, 16) == 6 * active + 12 * 2 * 32 * 16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert trainer.peak_flops(torch.device("cuda")) == 989e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
+    assert trainer.peak_flops(torch.device("cuda")) is None
+    assert trainer.peak_flops(torch.device("cpu")) is None
+
+
+def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
+    def total(*words):
+        run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+        return run.total_steps, run.steps_per_epoch
+
+    steps, per_epoch = total()
+    assert steps == per_epoch  # the stage's default, here 1
+    assert total("--epochs", 3)[0] == 3 * per_epoch
+    assert total("--max_steps", 5 * per_epoch)[0] == 5 * per_epoch
+    assert total("--epochs", 1, "--max_steps", 5 * per_epoch)[0] == per_epoch
+    assert total("--epochs", 1, "--max_steps", 1)[0] == 1
+
+
+def test_open_batch_size_means_64_rows_a_step():
+    parser = argparse.ArgumentParser()
+    add_training_flags(parser, data_path="unused", learning_rate=1e-3, epochs=1, wandb_project="test")
+    args = parser.parse_args(["--device", "cpu"])
+    start(args)
+    assert (args.batch_size, args.accumulation_steps) == (8, 8)
+    args = parser.parse_args(["--device", "cpu", "--batch_size", "3"])
+    start(args)
+    assert (args.batch_size, args.accumulation_steps) == (3, 1)
+
+
+def test_wandb_missing_is_one_line(pretrain_csv, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = make_trainer(pretrain_csv, tmp_path, "--use_wandb", "--max_steps", 1, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="--use_wandb: wandb is not installed"):
+        run.train()
+
+
+def test_wandb_gets_the_numbers_and_is_offline_without_a_key(pretrain_csv, tmp_path, tokenizer, monkeypatch):
+    class Run:
+        logged, finished = [], False
+
+        def log(self, numbers, step):
+            self.logged.append((step, numbers))
+
+        def finish(self):
+            Run.finished = True
+
+    class Wandb:
+        @staticmethod
+        def init(**options):
+            Wandb.options = options
+            return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    words = ("--use_wandb", "--wandb_project", "p", "--wandb_run_name", "r", "--max_steps", 2)
+    make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer).train()
+    assert (Wandb.options["project"], Wandb.options["name"], Wandb.options["mode"]) == ("p", "r", "offline")
+    assert [step for step, _ in Run.logged] == [0, 1, 2, 2] and Run.finished
+    assert "loss" in Run.logged[1][1]
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer).train()
+    assert Wandb.options["mode"] == "online"
+
+
+# ---- device, format
+
+
+@pytest.mark.parametrize("flag, code", [("nonsense", 2), ("cuda:99", 1)])
+def test_wrong_device_is_one_line(flag, code):
+    with pytest.raises(UserError, match=f"--device {flag}") as caught:
+        distributed.select_device(flag)
+    assert caught.value.exit_code == code
+
+
+def test_dtype_names():
+    cpu = torch.device("cpu")
+    assert distributed.select_dtype("float16", cpu) == torch.float16
+    assert distributed.select_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    with pytest.raises(UserError, match="--dtype int8"):
+        distributed.select_dtype("int8", cpu)
