@@ -13,9 +13,10 @@ from model.cli import UserError
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 
 
-def open_binary(path):
+def open_binary(path, raw=None):
     """Open `path` for reading bytes, decompressing .gz, .xz and .zst on the way.
 
+    `raw`: the same file, already open, for a caller who follows its position (progress in compressed bytes).
     Raises UserError when the file does not exist or is a directory.
     """
     path = Path(path)
@@ -24,15 +25,45 @@ def open_binary(path):
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file")
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(raw or path, "rb")
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
+        return lzma.open(raw or path, "rb")
     if path.suffix == ".zst":
+        return io.BufferedReader(ZstandardFile(raw or open(path, "rb")), buffer_size=1 << 20)
+    return raw or open(path, "rb", buffering=1 << 20)
+
+
+class ZstandardFile(io.RawIOBase):
+    """Decompressed bytes of one or more frames; EOFError when the file breaks off (zstandard's reader takes that for the end)."""
+
+    def __init__(self, source):
         import zstandard
 
-        reader = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"), closefd=True, read_across_frames=True)
-        return io.BufferedReader(reader, buffer_size=1 << 20)
-    return open(path, "rb", buffering=1 << 20)
+        self.source, self.decompressor = source, zstandard.ZstdDecompressor()
+        self.frame, self.compressed, self.decompressed = None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def close(self):
+        self.source.close()
+        super().close()
+
+    def readinto(self, target):
+        while not self.decompressed:
+            self.compressed = self.compressed or self.source.read(1 << 14)
+            if not self.compressed:
+                if self.frame:
+                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.decompressed = memoryview(self.frame.decompress(self.compressed))
+            self.compressed = self.frame.unused_data
+            self.frame = None if self.frame.eof else self.frame
+        count = min(len(target), len(self.decompressed))
+        target[:count] = self.decompressed[:count]
+        self.decompressed = self.decompressed[count:]
+        return count
 
 
 def expand_paths(patterns):
