@@ -21,7 +21,8 @@ class KVCache:
     """Keys and values of `batch` rows in preallocated tensors [B, G, capacity, D] per layer. Row r holds lengths[r]
     tokens in slots 0 .. lengths[r] - 1: a batch of unequal rows is padded on the right, never on the left.
 
-    A forward pass asks get_seq_length() once and calls update() in every layer; afterwards the owner calls advance().
+    A forward pass first asks get_seq_length(), which also settles where the update() of each layer will write; after it
+    the owner calls advance().
     """
 
     def __init__(self, config, batch, capacity, dtype=torch.float32, device="cpu"):
@@ -42,6 +43,9 @@ class KVCache:
 
     def get_seq_length(self):
         """Tokens stored per row: an int when all rows hold the same number, else a LongTensor [B]."""
+        listed = self.lengths.tolist()
+        uniform = listed.count(listed[0]) == len(listed)
+        self.past = listed[0] if uniform else self.lengths.to(self.keys[0].device)
         return self.past
 
     def update(self, key, value, layer_index):
@@ -62,14 +66,7 @@ class KVCache:
 
     def advance(self, counts):
         """After a forward pass: row r now holds counts[r] more tokens (counts: an int, or a list or LongTensor [B])."""
-        self.set_lengths(self.lengths + torch.as_tensor(counts, dtype=torch.long))
-
-    def set_lengths(self, lengths):
-        """Declare how many tokens each row holds (LongTensor [B]); what lies behind is forgotten."""
-        self.lengths.copy_(lengths)
-        listed = self.lengths.tolist()
-        uniform = listed.count(listed[0]) == len(listed)
-        self.past = listed[0] if uniform else self.lengths.to(self.keys[0].device)
+        self.lengths += torch.as_tensor(counts, dtype=torch.long)
 
     def rows(self, first, last):
         """Rows first .. last - 1 as a cache of their own on the same memory."""
@@ -77,7 +74,6 @@ class KVCache:
         view.keys = [keys[first:last] for keys in self.keys]
         view.values = [values[first:last] for values in self.values]
         view.lengths = self.lengths[first:last]
-        view.set_lengths(view.lengths)
         return view
 
     def move_row(self, source, target):
@@ -86,14 +82,12 @@ class KVCache:
         for storage in (*self.keys, *self.values):
             storage[target, :, :length] = storage[source, :, :length]
         self.lengths[target] = length
-        self.set_lengths(self.lengths)
 
     def copy_rows(self, other):
         """Copy the rows of a smaller cache of the same capacity into the first rows of this one."""
         for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
             mine[: other.batch].copy_(theirs)
         self.lengths[: other.batch] = other.lengths
-        self.set_lengths(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -155,7 +149,7 @@ class Sampler:
             self.penalty = column("repetition_penalty")
             self.seen = torch.zeros(len(parameters), vocab_size, dtype=torch.bool, device=device)
             for seen, history in zip(self.seen, histories):
-                seen[torch.tensor(history, device=device)] = True
+                seen[torch.tensor(history, dtype=torch.long, device=device)] = True
 
     def penalise(self, logits):
         """Apply the repetition penalty to logits [B, V]."""
@@ -164,11 +158,11 @@ class Sampler:
         return torch.where(self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
 
     def distribution(self, logits):
-        """Penalised logits [B, V] -> probabilities [B, C] (0 where excluded; they need not sum to one) and the tokens
-        they belong to [B, C], most probable first; tokens is None when C is the vocabulary in its own order."""
-        scaled, tokens = logits / self.temperature, None
-        if self.sorted:
-            scaled, tokens = scaled.topk(self.largest_k, dim=-1)
+        """Penalised logits [B, V] -> probabilities [B, V], 0 where excluded; they need not sum to one."""
+        scaled = logits / self.temperature
+        if not self.sorted:
+            return scaled.softmax(dim=-1)
+        scaled, tokens = scaled.topk(self.largest_k, dim=-1)
         if self.top_k is not None:
             rank = torch.arange(self.largest_k, device=logits.device)
             scaled = scaled.masked_fill(rank >= self.top_k, float("-inf"))
@@ -176,21 +170,20 @@ class Sampler:
         if self.top_p is not None:
             before = probabilities.cumsum(dim=-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-        return probabilities, tokens
+        return torch.zeros_like(logits).scatter_(1, tokens, probabilities)
 
     def pick(self, logits, uniforms):
         """The next token of each row (list [B]) from logits [B, V] and one number in (0, 1] per row (list [B]).
 
-        Sampling inverts the cumulative distribution, so a row's token depends on its own logits and number alone.
+        Sampling inverts the cumulative distribution over the vocabulary in its own order, so that a row's token depends
+        on its own logits, parameters and number alone.
         """
         logits = self.penalise(logits.float())
         chosen = logits.argmax(dim=-1)
         if not self.all_greedy:
-            probabilities, tokens = self.distribution(logits)
-            cumulative = probabilities.cumsum(dim=-1)
+            cumulative = self.distribution(logits).cumsum(dim=-1)
             threshold = torch.tensor(uniforms, device=logits.device)[:, None] * cumulative[:, -1:]
-            place = torch.searchsorted(cumulative, threshold).clamp(max=cumulative.shape[-1] - 1)
-            sampled = place if tokens is None else tokens.gather(-1, place)
+            sampled = torch.searchsorted(cumulative, threshold).clamp(max=logits.shape[-1] - 1)
             chosen = torch.where(self.greedy, chosen, sampled[:, 0])
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
@@ -345,7 +338,7 @@ class Engine:
         self.sampler = None
         self.reserve_rows(len(self.running))
         cache = self.cache.rows(first, len(self.running))
-        cache.set_lengths(torch.zeros(len(requests), dtype=torch.long))
+        cache.lengths.zero_()
         lengths = torch.tensor([len(request.prompt_ids) for request in requests])
         longest = int(lengths.max())
         padded = [request.prompt_ids + [0] * (longest - len(request.prompt_ids)) for request in requests]
@@ -358,7 +351,7 @@ class Engine:
             cache.advance(chunk.shape[1])
             ends_here = ((lengths > start) & (lengths <= start + chunk.shape[1])).to(device)
             result = logits if result is None else torch.where(ends_here[:, None], logits, result)
-        cache.set_lengths(lengths)
+        cache.lengths.copy_(lengths)
         if not torch.isfinite(result).all():
             self.release(requests)
             raise UserError("the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it")
@@ -375,6 +368,7 @@ class Engine:
             larger.copy_rows(self.cache)
         self.cache = larger
 
+    @torch.inference_mode()
     def release(self, requests):
         """Free the rows of `requests`; rows behind them move up."""
         for request in requests:

@@ -1,0 +1,391 @@
+"""Generation: the cache changes nothing, sampling follows its definition, requests don't notice who shares their batch."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.cli import UserError
+from model.generation import Engine, KVCache, Sampler, SamplingParameters, conversation_prompt
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import encode_text
+
+GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
+
+
+def tiny_model(**overrides):
+    """Random weights, large enough that the next token depends on the whole context."""
+    torch.manual_seed(0)
+    config = LMConfig(**{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=200, max_seq_len=64), **overrides})
+    model = Transformer(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module", params=[dict(), dict(use_moe=True)], ids=["dense", "moe"])
+def any_model(request):
+    return tiny_model(**request.param)
+
+
+@pytest.fixture(scope="module")
+def text_model(tokenizer):
+    return tiny_model(vocab_size=len(tokenizer), dim=16, n_heads=2, n_kv_heads=1, max_seq_len=96)
+
+
+@torch.inference_mode()
+def full_logits(model, ids):
+    return model(torch.tensor([ids])).logits[0]
+
+
+def greedy_without_cache(model, prompt, count):
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(full_logits(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def random_prompts(count, seed=0, longest=30, vocab_size=200):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocab_size) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pieces", [[1] * 12, [12], [5, 1, 1, 4, 1], [1, 11]])
+def test_cached_logits_are_the_full_logits(any_model, pieces):
+    ids = random_prompts(1, seed=3, longest=40)[0][:12]
+    ids = (ids * 12)[:12]
+    cache, logits, start = KVCache(any_model.config, 1, 16), [], 0
+    for length in pieces:
+        logits.append(any_model(torch.tensor([ids[start : start + length]]), kv_cache=cache).logits[0])
+        cache.advance(length)
+        start += length
+        assert cache.get_seq_length() == start
+    torch.testing.assert_close(torch.cat(logits), full_logits(any_model, ids), atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_ragged_cache_gives_every_row_its_own_full_logits(any_model):
+    """Rows of unequal length, several steps of several tokens each, padding in the first step on the right."""
+    rows = [ids + [7, 8, 9, 10, 11] for ids in random_prompts(4, seed=1, longest=9)]
+    lengths = [len(ids) - 5 for ids in rows]
+    assert len(set(lengths)) > 1
+    cache = KVCache(any_model.config, 4, 20)
+    padded = torch.zeros(4, max(lengths), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        padded[row, : lengths[row]] = torch.tensor(ids[: lengths[row]])
+    first = any_model(padded, kv_cache=cache, padding_side="right").logits
+    cache.advance(lengths)
+    later = []
+    for start, count in ((0, 1), (1, 3), (4, 1)):
+        new = torch.tensor([ids[length + start :][:count] for ids, length in zip(rows, lengths)])
+        later.append(any_model(new, kv_cache=cache).logits)
+        cache.advance(count)
+    for row, (ids, length) in enumerate(zip(rows, lengths)):
+        cached = torch.cat([first[row, :length], *(logits[row] for logits in later)])
+        torch.testing.assert_close(cached, full_logits(any_model, ids), atol=1e-4, rtol=0)
+
+
+def test_rows_of_equal_length_take_the_slice_path_and_unequal_ones_do_not():
+    config = LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=50)
+    cache = KVCache(config, 3, 8)
+    cache.advance(2)
+    assert cache.get_seq_length() == 2
+    cache.advance([1, 0, 3])
+    assert cache.get_seq_length().tolist() == [3, 2, 5]
+    assert cache.rows(1, 2).get_seq_length() == 2
+    cache.move_row(2, 0)
+    assert cache.lengths.tolist() == [5, 2, 5]
+
+
+def test_two_caches_on_one_model_do_not_leak_into_each_other(model):
+    first, second = random_prompts(2, seed=5)
+    one, other = Engine(model).stream(first, GREEDY), Engine(model).stream(second, GREEDY)
+    tokens = ([], [])
+    for left, right in zip(one, other):
+        tokens[0].extend(left.token_ids)
+        tokens[1].extend(right.token_ids)
+    assert tokens[0] == greedy_without_cache(model, first, 12)
+    assert tokens[1] == greedy_without_cache(model, second, 12)
+
+
+# ------------------------------------------------------------------------------------------------------------ engine
+
+
+def test_greedy_equals_the_plain_loop_alone_and_in_a_ragged_batch(any_model):
+    prompts = random_prompts(7)
+    expected = [greedy_without_cache(any_model, prompt, 12) for prompt in prompts]
+    assert len({tuple(tokens) for tokens in expected}) > 3, "the model says the same everywhere: the test shows nothing"
+    for max_batch in (1, 3, 16):
+        requests = Engine(any_model, max_batch=max_batch).generate(prompts, GREEDY)
+        assert [request.token_ids for request in requests] == expected
+        assert all(request.finish_reason == "length" for request in requests)
+
+
+def test_long_prompts_are_prefilled_in_chunks(model, monkeypatch):
+    prompts = random_prompts(5, seed=2, longest=40)
+    expected = [request.token_ids for request in Engine(model).generate(prompts, GREEDY)]
+    monkeypatch.setattr(Engine, "PREFILL_CHUNK", 4)
+    assert [request.token_ids for request in Engine(model).generate(prompts, GREEDY)] == expected
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(1, 4))
+def test_joining_and_leaving_a_running_batch_changes_no_answer(plan, max_batch):
+    """plan: for each request the steps to wait before it joins, its length, and the sampling it uses."""
+    model = JOINING_MODEL
+    styles = (dict(temperature=0.0), dict(temperature=1.0), dict(top_k=5), dict(top_p=0.7, repetition_penalty=1.3))
+    prompts = random_prompts(len(plan), seed=len(plan), longest=12)
+    parameters = [
+        SamplingParameters(max_new_tokens=count, seed=index, stop_token_ids=(9,), **styles[style])
+        for index, (_, count, style) in enumerate(plan)
+    ]
+    engine, requests, deltas = Engine(model, max_batch=max_batch), [], []
+    for prompt, wanted, (wait, _, _) in zip(prompts, parameters, plan):
+        requests.append(engine.add(prompt, wanted))
+        for _ in range(wait):
+            deltas += engine.step()
+    while engine.has_work:
+        deltas += engine.step()
+    for request, prompt, wanted in zip(requests, prompts, parameters):
+        alone = Engine(model).generate([prompt], wanted)[0]
+        assert (request.token_ids, request.finish_reason) == (alone.token_ids, alone.finish_reason)
+        own = [delta for delta in deltas if delta.request is request]
+        assert [token for delta in own for token in delta.token_ids] == request.token_ids
+        assert [delta.finish_reason for delta in own] == [None] * (len(own) - 1) + [request.finish_reason]
+
+
+JOINING_MODEL = tiny_model()
+
+
+def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
+    prompts = random_prompts(3, seed=8)
+    engine = Engine(model, max_batch=2)
+    first, second, third = (engine.add(prompt, GREEDY) for prompt in prompts)
+    engine.step()
+    engine.cancel(first)
+    while engine.has_work:
+        engine.step()
+    engine.cancel(second)  # done already: nothing happens
+    assert first.finish_reason is None and len(first.token_ids) == 1
+    assert [second.token_ids, third.token_ids] == [greedy_without_cache(model, prompt, 12) for prompt in prompts[1:]]
+
+
+def test_closing_a_stream_frees_its_row(model):
+    engine = Engine(model)
+    stream = engine.stream([5, 6, 7], GREEDY)
+    next(stream)
+    stream.close()
+    assert not engine.has_work
+
+
+def test_same_seed_same_answer_other_seed_another(model):
+    sampled = dataclasses.replace(GREEDY, temperature=1.0, seed=1)
+    engine = Engine(model)
+
+    def answer(parameters):
+        return engine.generate([[5, 6, 7]], parameters)[0].token_ids
+
+    assert answer(sampled) == answer(sampled)
+    assert answer(sampled) != answer(dataclasses.replace(sampled, seed=2))
+    unseeded = dataclasses.replace(sampled, seed=None)
+    assert answer(unseeded) != answer(unseeded)
+
+
+def test_max_new_tokens_counts_new_tokens_and_the_context_limits_both(model):
+    long_prompt = random_prompts(1, longest=50)[0][:1] * 50
+    request = Engine(model).generate([long_prompt], dataclasses.replace(GREEDY, max_new_tokens=3))[0]
+    assert len(request.token_ids) == 3 and request.finish_reason == "length"
+    request = Engine(model).generate([long_prompt], dataclasses.replace(GREEDY, max_new_tokens=100))[0]
+    assert len(request.token_ids) == 64 - 50 and request.finish_reason == "length"
+    beyond = Engine(model, max_length=90).generate([long_prompt], dataclasses.replace(GREEDY, max_new_tokens=100))[0]
+    assert beyond.token_ids == greedy_without_cache(model, long_prompt, 40), "positions past max_seq_len go on"
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(model):
+    free = Engine(model).generate([[5, 6, 7]], GREEDY)[0].token_ids
+    stop = free[4]
+    request = Engine(model).generate([[5, 6, 7]], dataclasses.replace(GREEDY, stop_token_ids=(stop,)))[0]
+    assert request.token_ids == free[: free.index(stop)] and request.finish_reason == "stop"
+    assert SamplingParameters().stop_token_ids is None, "the default is the model's end of turn"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "empty"), ([1] * 64, "64 tokens but the context only 64"), ([200], "vocabulary|0..199")]
+)
+def test_impossible_prompts_get_one_clear_line(model, prompt, message):
+    engine = Engine(model)
+    with pytest.raises(UserError, match=message) as caught:
+        engine.generate([[5], prompt], GREEDY)
+    assert "\n" not in str(caught.value)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5), dict(repetition_penalty=0),
+            dict(max_new_tokens=0), dict(temperature=float("nan")), dict(stop_strings=("",))]
+)  # fmt: skip
+def test_meaningless_sampling_parameters_are_refused(bad):
+    with pytest.raises(UserError, match=next(iter(bad))) as caught:
+        SamplingParameters(**bad)
+    assert caught.value.exit_code == 2
+
+
+def test_a_damaged_checkpoint_is_named_not_sampled():
+    broken = tiny_model()
+    broken.norm.weight.data.fill_(float("nan"))
+    engine = Engine(broken)
+    with pytest.raises(UserError, match="not finite"):
+        engine.generate([[5, 6]], GREEDY)
+    assert not engine.has_work
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+def reference_distribution(logits, parameters, history):
+    """The definition, one row, in float64 with plain Python sets: penalty, temperature, top-k, nucleus."""
+    logits = logits.double().clone()
+    for token in set(history):
+        logits[token] = logits[token] / parameters.repetition_penalty if logits[token] > 0 else logits[token] * parameters.repetition_penalty
+    logits = logits / parameters.temperature
+    ranked = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
+    kept = ranked[: parameters.top_k or len(ranked)]
+    probabilities = dict(zip(kept, torch.softmax(logits[kept], dim=0).tolist()))
+    nucleus, mass = [], 0.0
+    for token in kept:
+        if mass >= parameters.top_p:
+            break
+        nucleus.append(token)
+        mass += probabilities[token]
+    return torch.tensor([probabilities[token] / mass if token in nucleus else 0.0 for token in range(len(logits))])
+
+
+sampling_parameters = st.builds(
+    SamplingParameters,
+    temperature=st.floats(0.2, 3.0),
+    top_k=st.sampled_from([0, 1, 2, 5, 19, 20, 1000]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.6, 0.95, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.2, 0.8]),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(sampling_parameters, min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+def test_distribution_matches_the_definition_row_by_row(parameters, seed):
+    logits = torch.randn(len(parameters), 20, generator=torch.Generator().manual_seed(seed)) * 3
+    histories = [random.Random(seed + row).choices(range(20), k=6) for row in range(len(parameters))]
+    sampler = Sampler(parameters, histories, 20, logits.device)
+    found = sampler.distribution(sampler.penalise(logits))
+    found = found / found.sum(dim=-1, keepdim=True)
+    for row, wanted in enumerate(parameters):
+        torch.testing.assert_close(found[row], reference_distribution(logits[row], wanted, histories[row]).float(), atol=1e-5, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sampling_parameters, st.integers(0, 2**32 - 1), st.one_of(st.just(1.0), st.just(2.0**-53), st.floats(2.0**-53, 1.0)))
+def test_no_number_ever_picks_an_excluded_token(parameters, seed, uniform):
+    logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(seed)) * 8
+    logits[0, :3] = -1e9  # probability zero, and first in the vocabulary
+    (token,) = Sampler([parameters], [[4]], 20, logits.device).pick(logits, [uniform])
+    assert reference_distribution(logits[0], parameters, [4])[token] > 0
+
+
+def test_frequencies_are_the_probabilities():
+    parameters = SamplingParameters(temperature=1.5, top_k=6, top_p=0.9)
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(4)) * 2
+    count, rng = 20000, random.Random(0)
+    sampler = Sampler([parameters] * count, [[]] * count, 20, logits.device)
+    tokens = sampler.pick(logits.expand(count, -1), [1.0 - rng.random() for _ in range(count)])
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=20) / count
+    expected = reference_distribution(logits, parameters, [])
+    assert (frequencies - expected).abs().max() < 4 * (0.25 / count) ** 0.5
+    assert (frequencies[expected == 0] == 0).all()
+
+
+def test_repetition_penalty_lowers_negative_and_positive_logits_of_seen_tokens():
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    sampler = Sampler([SamplingParameters(repetition_penalty=2.0)], [[0, 1]], 4, logits.device)
+    assert sampler.penalise(logits).tolist() == [[1.0, -4.0, 1.0, -1.0]]
+    greedy = Sampler([SamplingParameters(temperature=0.0, repetition_penalty=10.0)], [[]], 4, logits.device)
+    assert [greedy.pick(logits, [0.5])[0] for _ in range(3)] == [0, 2, 0], "what was picked counts as seen"
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), data=st.data())
+def test_stop_strings_cut_exactly_there_whatever_the_token_borders(seed, data):
+    tokenizer, model = TEXT["tokenizer"], TEXT["model"]
+    parameters = SamplingParameters(max_new_tokens=12, seed=seed, stop_token_ids=())
+    engine = Engine(model, tokenizer)
+    text = engine.generate([[1, 50]], parameters)[0].text
+    start = data.draw(st.integers(0, max(len(text) - 1, 0)))
+    stop = text[start : start + data.draw(st.integers(1, 6))]
+    if not stop:
+        return
+    stops = (stop, "never said")
+    deltas = list(engine.stream([1, 50], dataclasses.replace(parameters, stop_strings=stops)))
+    assert "".join(delta.text for delta in deltas) == text[: text.index(stop)]
+    assert deltas[-1].finish_reason == "stop" and deltas[-1].request.text == text[: text.index(stop)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10**6), stops=st.lists(st.text("的一是\ufffd。ab", min_size=1, max_size=3), max_size=3))
+def test_streamed_pieces_join_to_the_text_and_hold_no_half_character(seed, stops):
+    tokenizer, model = TEXT["tokenizer"], TEXT["model"]
+    parameters = SamplingParameters(max_new_tokens=16, seed=seed, stop_strings=tuple(stops))
+    deltas = list(Engine(model, tokenizer).stream([1, 50], parameters))
+    request = deltas[-1].request
+    whole = tokenizer.decode(request.token_ids, skip_special_tokens=True)
+    assert "".join(delta.text for delta in deltas) == request.text
+    cut = min((place for place in map(whole.find, stops) if place >= 0), default=len(whole))
+    assert request.text == whole[:cut]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text_objects(tokenizer, text_model):
+    TEXT.update(tokenizer=tokenizer, model=text_model)
+
+
+TEXT = {}  # hypothesis runs its examples outside of fixtures
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(model):
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(model).add([5], SamplingParameters(stop_strings=("x",)))
+
+
+def test_conversations_lose_their_oldest_exchanges_first(tokenizer):
+    messages = [{"role": "system", "content": "简短"}]
+    for number in range(6):
+        messages += [{"role": "user", "content": f"问题{number}"}, {"role": "assistant", "content": f"回答{number}"}]
+    messages.append({"role": "user", "content": "最后"})
+    whole, dropped = conversation_prompt(tokenizer, messages, 1000, 10)
+    assert dropped == 0
+    ids, dropped = conversation_prompt(tokenizer, messages, len(whole) + 9, 10)
+    text = tokenizer.decode(ids)
+    assert dropped == 2 and len(ids) + 10 <= len(whole) + 9
+    assert "简短" in text and "问题0" not in text and "回答0" not in text and "问题1" in text
+    assert text.endswith("<s>user\n最后</s>\n<s>assistant\n")
+    ids, dropped = conversation_prompt(tokenizer, messages, 4, 10)
+    assert dropped == 12 and "最后" in tokenizer.decode(ids), "the last question is never dropped"
+
+
+def test_text_prompts_round_trip_through_the_engine(tokenizer, text_model):
+    request = Engine(text_model, tokenizer).generate([encode_text(tokenizer, "长江</s>")], dataclasses.replace(GREEDY, max_new_tokens=5))[0]
+    assert request.text == tokenizer.decode(request.token_ids, skip_special_tokens=True) and len(request.token_ids) == 5
