@@ -1,0 +1,256 @@
+"""0-eval_pretrain.py and 2-eval.py: they find checkpoints, answer, score, converse, and say clearly what is wrong."""
+
+import io
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line_error, run_script
+
+from model.checkpoint import save_checkpoint
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.tokenizer import tokenizer_hash
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+COMMON = ("--dim", "32", "--n_layers", "2", "--device", "cpu", "--dtype", "float32", "--max_new_tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory, tokenizer):
+    """The checkpoints of all stages, of one tiny random model, and one whose vocabulary is another."""
+    folder = tmp_path_factory.mktemp("out")
+    torch.manual_seed(0)
+    model = Transformer(LMConfig(**SHAPE, vocab_size=len(tokenizer)))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    for stage in ("pretrain", "single_chat/full_sft", "multi_chat/full_sft"):
+        save_checkpoint(folder / f"{stage}_32.pth", model, {"stage": stage, "tokenizer_hash": tokenizer_hash(tokenizer)})
+    save_checkpoint(folder / "other_words.pth", Transformer(LMConfig(**SHAPE, vocab_size=100)), {"stage": "pretrain"})
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, out_dir):
+    """Run a script in this process, which is much quicker than starting Python; returns (exit code, stdout, stderr)."""
+
+    def call(script, *words, stdin=()):
+        lines = iter(stdin)
+        monkeypatch.setattr(sys, "argv", [script, "--out_dir", str(out_dir), *COMMON, *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        monkeypatch.setattr("builtins.input", lambda prompt="": answer_or_raise(next(lines, EOFError())))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return call
+
+
+def answer_or_raise(line):
+    if isinstance(line, BaseException):
+        raise line
+    return line
+
+
+def failed(result, *parts, code=1):
+    assert result[0] == code and result[2].startswith("error: ") and result[2].count("\n") == 1, result
+    for part in parts:
+        assert part in result[2], result[2]
+
+
+def test_the_fixed_questions_get_the_same_answers_every_time(run, out_dir):
+    process = run_script("2-eval.py", "--out_dir", out_dir, *COMMON)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == run("2-eval.py")[1]
+    assert process.stdout.count("\nQ: ") == 8 and "multi_chat" in process.stdout.splitlines()[0]
+    assert "context 64 tokens" in process.stdout
+
+
+def test_openings_and_prompts_are_continued(run):
+    code, out, err = run("0-eval_pretrain.py", "--prompt", "长江是", "--prompt", "水")
+    assert code == 0 and "\n长江是" in out and "\n水" in out, err
+    assert len(run("0-eval_pretrain.py")[1]) > len(out)
+
+
+@pytest.mark.parametrize("script", ["0-eval_pretrain.py", "2-eval.py"])
+def test_help_needs_no_torch(script):
+    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_closed_pipe_ends_the_script_without_a_traceback(out_dir):
+    command = [sys.executable, str(ROOT / "0-eval_pretrain.py"), "--out_dir", str(out_dir), *COMMON]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read().decode()
+
+
+def test_the_sampling_flags_reach_the_model(run):
+    def answer(*flags):
+        code, out, err = run("2-eval.py", "--prompt", "你好", *flags)
+        assert code == 0, err
+        return out
+
+    assert answer("--temperature", "0") == answer("--temperature", "0", "--seed", "5") == answer("--top_k", "1")
+    assert answer("--seed", "1", "--temperature", "2", "--top_k", "0") != answer("--seed", "2", "--temperature", "2", "--top_k", "0")
+    assert answer("--temperature", "0") == answer("--top_p", "1e-9")
+    assert answer("--temperature", "0", "--repetition_penalty", "1.5") != answer("--temperature", "0", "--repetition_penalty", "1.0")
+    assert len(answer("--temperature", "0", "--max_new_tokens", "2")) < len(answer("--temperature", "0"))
+
+
+def test_the_single_turn_checkpoint_is_taken_when_there_is_no_multi_turn_one(run, out_dir, tmp_path):
+    (tmp_path / "single_chat").mkdir()
+    for suffix in (".pth", ".json"):
+        source = (out_dir / "single_chat/full_sft_32").with_suffix(suffix)
+        (tmp_path / "single_chat" / source.name).write_bytes(source.read_bytes())
+    code, out, err = run("2-eval.py", "--out_dir", tmp_path, "--prompt", "你好")
+    assert code == 0 and "single_chat" in out.splitlines()[0], err
+
+
+def test_a_file_with_answers_gives_accuracy_by_task_and_json(run, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {"q": "河北的省会是哪里？", "answer": "石家庄", "task": "direct"},
+        {"q": "那广东呢？", "history": [["河北的省会是哪里？", "石家庄。"]], "answer": ["广州"], "task": "ellipsis"},
+    ]
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    code, out, err = run("2-eval.py", "--prompt_file", path, "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result == {"accuracy": 0.0, "questions": 2, "tasks": {"direct": 0.0, "ellipsis": 0.0}}
+
+
+def test_right_answers_are_counted_as_right(monkeypatch):
+    from model import evaluation
+
+    class Answers:
+        def generate(self, prompts, parameters, on_finish):
+            assert parameters.temperature == 0
+            return [type("Request", (), {"text": text}) for text in ("省会是石家庄。", "不知道。", "广州。")]
+
+    from model.generation import SamplingParameters
+
+    rows = [
+        {"q": "河北的省会是哪里？", "answer": "石家庄", "task": "a"},
+        {"q": "山东的省会是哪里？", "answer": "济南", "task": "a"},
+        {"q": "广东的省会是哪里？", "answer": "广州", "task": "b"},
+    ]
+    result = evaluation.measure_accuracy(Answers(), rows, [[1]] * 3, SamplingParameters())
+    assert result == {"accuracy": 2 / 3, "questions": 3, "tasks": {"a": 0.5, "b": 1.0}}
+
+
+def test_cloze_rows_give_accuracy(run, tmp_path):
+    path = tmp_path / "cloze.jsonl"
+    path.write_text(json.dumps({"prompt": "河北的省会是", "answer": "石家庄"}, ensure_ascii=False), encoding="utf-8")
+    code, out, err = run("0-eval_pretrain.py", "--prompt_file", path, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])["questions"] == 1, err
+
+
+def test_a_text_file_of_questions_is_answered_line_by_line(run, tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("\ufeff你好\n\n再见\r\n", encoding="utf-8")
+    code, out, err = run("2-eval.py", "--prompt_file", path)
+    assert code == 0 and out.count("\nQ: ") == 2 and "\nQ: 你好\n" in out and "\nQ: 再见\n" in out, err
+
+
+def prompts_seen(monkeypatch):
+    """Texts of all prompts that reach the engine."""
+    from model.generation import Engine
+
+    seen, add = [], Engine.add
+
+    def record(self, prompt_ids, parameters):
+        seen.append(self.tokenizer.decode(list(prompt_ids)))
+        return add(self, prompt_ids, parameters)
+
+    monkeypatch.setattr(Engine, "add", record)
+    return seen
+
+
+def test_a_conversation_remembers_clears_and_leaves_cleanly(run, monkeypatch):
+    seen = prompts_seen(monkeypatch)
+    code, out, err = run("2-eval.py", "--interactive", "--max_new_tokens", "2", stdin=("你好", "", "/clear", "再见", "回来", "/exit", "x"))
+    assert code == 0 and len(seen) == 3, err
+    assert "你好" not in seen[1] and seen[1].count("<s>user") == 1
+    assert seen[2].startswith("<s>user\n再见</s>\n<s>assistant\n") and seen[2].endswith("<s>user\n回来</s>\n<s>assistant\n")
+    for leave in (EOFError(), KeyboardInterrupt()):
+        assert run("2-eval.py", "--interactive", stdin=(leave,))[0] == 0
+
+
+def test_history_zero_forgets_and_the_oldest_turns_go_first(run, monkeypatch):
+    seen = prompts_seen(monkeypatch)
+    run("2-eval.py", "--interactive", "--history", "0", "--max_new_tokens", "2", stdin=("你好", "再见"))
+    assert [text.count("<s>user") for text in seen] == [1, 1]
+    seen.clear()
+    code, out, err = run("2-eval.py", "--interactive", stdin=("一二三四五六七八九十" * 2, "一二三四五六七八九十" * 2, "再见"))
+    assert code == 0 and "did not fit the context" in err
+    assert seen[2].endswith("<s>user\n再见</s>\n<s>assistant\n")
+
+
+def test_a_question_too_long_does_not_end_the_conversation(run, monkeypatch):
+    seen = prompts_seen(monkeypatch)
+    code, out, err = run("2-eval.py", "--interactive", stdin=("字" * 200, "你好"))
+    assert code == 0 and "context only 64" in out and seen[-1].count("你好") == 1
+
+
+def test_ctrl_c_during_an_answer_stops_only_the_answer(run, monkeypatch):
+    from model.generation import Engine
+
+    step, calls = Engine.step, []
+
+    def interrupted(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    code, out, err = run("2-eval.py", "--interactive", stdin=("你好", "再见"))
+    assert code == 0 and "(stopped)" in out and len(calls) > 3 and not calls[0].has_work
+
+
+def test_bad_input_gets_one_line(run, tmp_path, out_dir):
+    for script in ("0-eval_pretrain.py", "2-eval.py"):
+        failed(run(script, "--checkpoint", tmp_path / "none.pth"), "none.pth", "no such checkpoint")
+        failed(run(script, "--out_dir", tmp_path), "_32.pth", "no such checkpoint")
+        failed(run(script, "--preset", "minimind-tiny", "--dim", "192"), "_192.pth", "_32.pth: name one with --checkpoint")
+        failed(run(script, "--prompt", "  "), "--prompt is empty", code=2)
+        failed(run(script, "--prompt", "\udcff"), "not UTF-8", code=2)
+        failed(run(script, "--prompt", "字" * 200), "tokens but the context only 64")
+        failed(run(script, "--checkpoint", out_dir / "other_words.pth"), "100 words", "tokenizer")
+        failed(run(script, "--tokenizer_path", tmp_path), "tokenizer")
+        failed(run(script, "--top_p", "0"), "top_p", code=2)
+        failed(run(script, "--rope_scaling", "yarn"), "--max_seq_len", code=2)
+        failed(run(script, "--device", "cuda:77"), "--device")
+        failed(run(script, "--prompt_file", tmp_path / "none.txt"), "none.txt: no such file")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "no question"),
+        ("a.txt", b"ok\n\xff\n", "a.txt:2: not UTF-8"),
+        ("a.jsonl", b'{"q": "x"}\n{"q": \n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"question": "x"}\n', 'a.jsonl:1: has no text "q"'),
+        ("a.jsonl", b'{"q": "x", "history": ["y"]}\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"q": "x", "answer": 3}\n', "a.jsonl:1"),
+    ],
+)
+def test_broken_question_files_are_named_with_the_line(run, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    failed(run("2-eval.py", "--prompt_file", tmp_path / name), message)
+
+
+def test_longer_context_by_rope_scaling(run):
+    code, out, err = run("2-eval.py", "--max_seq_len", "256", "--rope_scaling", "linear", "--prompt", "字" * 100)
+    assert code == 0 and "context 256 tokens" in out, err
+
+
+def test_wrong_usage_is_exit_code_2(out_dir):
+    assert_one_line_error(run_script("2-eval.py", "--prompt", "x", "--interactive"), "not allowed with", code=2)
