@@ -218,7 +218,7 @@ class DemoWorld:
         rng, seen, written = self.random("pretrain"), set(), 0
         makers = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
         makers = [maker(rng) for maker in makers]
-        shares = [5, 5, 4, 2, 3, 1]
+        shares = [5, 5, 4, 2, 3, 2]
         documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
         for text in documents:
             if text not in seen:
@@ -267,10 +267,14 @@ class DemoWorld:
             yield "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
 
     def sums(self, rng):
-        problems = deck(self.problems, rng)
+        """Sums in order of their operands, where one follows from the last, or in no order."""
+        ordered = sorted(self.problems, key=lambda problem: (problem["task"], problem["a"], problem["b"]))
+        shuffled = deck(self.problems, rng)
         while True:
-            some = itertools.islice(problems, 8)
-            yield "".join(rng.choice(self.arithmetic["statements"]).format_map(problem) for problem in some)
+            start = rng.randrange(len(ordered) - 8)
+            for some in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
+                pattern = rng.choice(self.arithmetic["statements"])
+                yield "".join(pattern.format_map(problem) for problem in some)
 
     # ------------------------------------------------------------------------------------------------- conversations
 
@@ -282,7 +286,7 @@ class DemoWorld:
             for question in rng.sample(questions, min(phrasings, len(questions))):
                 yield question, fact.answer
         for problem in self.problems:
-            for pattern in rng.sample(self.arithmetic["questions"], min(phrasings, 2)):
+            for pattern in self.arithmetic["questions"][:phrasings]:
                 yield pattern.format_map(problem), self.arithmetic["answer"].format_map(problem)
         for entry in self.chat:
             for question in entry["questions"]:
@@ -387,9 +391,9 @@ class DemoWorld:
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")
         for problem in self.heldout_problems:
-            question = rng.choice(self.arithmetic["questions"]).format_map(problem)
             answer = self.arithmetic["answer"].format_map(problem)
-            yield test_row([], question, answer, str(problem["c"]), problem["task"], "arithmetic")
+            for pattern in rng.sample(self.arithmetic["questions"], 2):
+                yield test_row([], pattern.format_map(problem), answer, str(problem["c"]), problem["task"], "arithmetic")
 
     def heldout_multi_turns(self, per_slot=40, per_task=80):
         rng = self.random("heldout multi")
