@@ -1,9 +1,9 @@
 """The tokenizer: text <-> ids, conversations -> (ids, loss mask), and a decoder for streams of ids.
 
 One turn of a conversation is `<s>role\\n` content `</s>\\n`. Only this module spells that format: `render_conversation`
-gives it as ids, CHAT_TEMPLATE as Jinja for other programs. Both agree on ordinary text; they differ where content spells
-a control token. `render_conversation` keeps the content exactly and lets it never become a control token, which text
-passed through a template cannot have both: so the template writes `<s>` in content as `< s>`, visibly.
+gives it as ids, CHAT_TEMPLATE as Jinja for other programs. They agree on ordinary text and differ where content spells
+a control token: `render_conversation` encodes it exactly, as text; a template makes one string of all, in which it would
+become a control token, so there `<s>` in content is written `< s>`.
 
 train_tokenizer.py splits every newline off as a token of its own, so encoding pieces separately equals encoding the
 joined text wherever the pieces meet at a newline.
@@ -19,7 +19,7 @@ from model.cli import UserError
 from model.files import atomic_write
 
 DEFAULT_TOKENIZER_PATH = Path(__file__).parent / "minimind_tokenizer"
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2: unknown and padding, start of a turn, end of a turn or document
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2: padding; start of a turn; end of a turn
 ROLES = ("system", "user", "assistant")
 
 CHAT_TEMPLATE = (
@@ -46,12 +46,12 @@ def load_tokenizer(path=None):
     path = Path(path or DEFAULT_TOKENIZER_PATH)
     if not (path / "tokenizer.json").is_file():
         reason = "has no tokenizer.json" if path.is_dir() else "no such tokenizer folder"
-        raise UserError(f"{path}: {reason}; train one with train_tokenizer.py --output_dir, or correct --tokenizer_path")
+        raise UserError(f"{path}: {reason}; correct --tokenizer_path, or make one with train_tokenizer.py")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: damaged tokenizer folder ({lines[0]}); train it again with train_tokenizer.py") from None
+        raise UserError(f"{path}: damaged tokenizer ({lines[0]}); make it again with train_tokenizer.py") from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"{path}: names no bos_token and eos_token in tokenizer_config.json; expected <s> and </s>")
     return tokenizer
@@ -120,33 +120,25 @@ def encode_texts(tokenizer, texts):
 
 
 def render_conversation(tokenizer, messages, add_generation_prompt=False, last_turn_only=False):
-    """Encode one conversation; see render_conversations."""
-    return render_conversations(tokenizer, [messages], add_generation_prompt, last_turn_only)[0]
-
-
-def render_conversations(tokenizer, conversations, add_generation_prompt=False, last_turn_only=False):
-    """Encode conversations, each a list of {"role", "content"}, on all cores -> list of (ids, mask).
+    """Encode a conversation, a list of {"role", "content"} -> (ids, mask), two lists of the same length.
 
     `mask` is 1 on the content and the `</s>` of every assistant turn (with last_turn_only: of the last one), else 0.
     `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
     without a known role or without text.
     """
     derived = _derived(tokenizer)
-    contents = iter(derived.encode([_checked_content(message) for messages in conversations for message in messages]))
-    rendered = []
-    for messages in conversations:
-        ids, mask = [], []
-        assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        supervised = set(assistant_turns[-1:] if last_turn_only else assistant_turns)
-        for index, message in enumerate(messages):
-            header, content = derived.headers[message["role"]], next(contents)
-            ids += [*header, *content, tokenizer.eos_token_id, *derived.newline]
-            mask += [0] * len(header) + [int(index in supervised)] * (len(content) + 1) + [0] * len(derived.newline)
-        if add_generation_prompt:
-            ids += derived.headers["assistant"]
-            mask += [0] * len(derived.headers["assistant"])
-        rendered.append((ids, mask))
-    return rendered
+    contents = derived.encode([_checked_content(message) for message in messages])
+    assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    supervised = set(assistant_turns[-1:] if last_turn_only else assistant_turns)
+    ids, mask = [], []
+    for index, (message, content) in enumerate(zip(messages, contents)):
+        header = derived.headers[message["role"]]
+        ids += [*header, *content, tokenizer.eos_token_id, *derived.newline]
+        mask += [0] * len(header) + [int(index in supervised)] * (len(content) + 1) + [0] * len(derived.newline)
+    if add_generation_prompt:
+        ids += derived.headers["assistant"]
+        mask += [0] * len(derived.headers["assistant"])
+    return ids, mask
 
 
 def _checked_content(message):
@@ -158,7 +150,7 @@ def _checked_content(message):
 
 
 def byte_characters():
-    """The character that stands for each byte 0..255 in a byte-level vocabulary (GPT-2's table: printable Latin-1 as itself)."""
+    """The character that stands for each byte 0..255 in a byte-level vocabulary: GPT-2's table."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -200,7 +192,7 @@ class StreamDecoder:
 
 
 def tokenizer_hash(tokenizer):
-    """Hex digest of all that decides ids: vocabulary, merges, normalizer, splitting. The same in every library version."""
+    """Hex digest of all that decides ids (vocabulary, merges, normalizer, splitting), however the folder is formatted."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in definition["model"].get("merges", [])]
     deciding = [sorted(tokenizer.get_vocab().items()), merges, definition["normalizer"], definition["pre_tokenizer"]]

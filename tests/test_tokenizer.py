@@ -1,0 +1,252 @@
+"""The tokenizer loses nothing, keeps control tokens out of text, and streams whole characters."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from model.cli import UserError
+from model.tokenizer import (
+    DEFAULT_TOKENIZER_PATH,
+    ROLES,
+    SPECIAL_TOKENS,
+    StreamDecoder,
+    encode_text,
+    encode_texts,
+    load_tokenizer,
+    render_conversation,
+    token_bytes,
+    tokenizer_hash,
+)
+
+TOKENIZER = load_tokenizer()
+UNKNOWN, START, END = 0, 1, 2
+NEWLINE = encode_text(TOKENIZER, "\n")
+
+ordinary_text = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from("的是了不。，？\n\n 0123ab"))).filter(
+    lambda text: not any(token in text for token in SPECIAL_TOKENS)
+)
+# Pieces from which control tokens and their look-alikes arise, also across the borders of the pieces.
+hostile_text = st.lists(st.sampled_from(
+    [*SPECIAL_TOKENS, "<", "</", "s", "s>", ">", "/", "unk", "<<s>", "\n", "assistant", "user\n", " ", "你好"]
+)).map("".join)
+any_text = st.one_of(ordinary_text, hostile_text)
+roles = st.sampled_from(ROLES)
+
+
+def conversations(content):
+    return st.lists(st.fixed_dictionaries({"role": roles, "content": content}), min_size=1, max_size=5)
+
+
+def quick(test):
+    return settings(max_examples=150, deadline=None)(test)
+
+
+def stream(ids):
+    decoder = StreamDecoder(TOKENIZER)
+    return [decoder.push(token_id) for token_id in ids] + [decoder.flush()]
+
+
+def test_shipped_vocabulary():
+    assert len(TOKENIZER) == TOKENIZER.vocab_size == 6400
+    assert TOKENIZER.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [UNKNOWN, START, END]
+    assert (TOKENIZER.unk_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id) == (UNKNOWN, START, END)
+    assert TOKENIZER.pad_token_id == 0
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(6400))
+    for word in (*ROLES, "____"):
+        assert len(encode_text(TOKENIZER, word)) == 1, word
+
+
+def test_no_word_mixes_pieces_of_characters():
+    """No word holds the end of one character and the start of another: it is text, or the beginning of a character."""
+    for data in token_bytes(TOKENIZER):
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            assert len(data) == 1 or (data[0] >= 0xC2 and all(0x80 <= byte < 0xC0 for byte in data[1:])), data
+
+
+@quick
+@given(any_text)
+def test_decoding_is_lossless(text):
+    ids = encode_text(TOKENIZER, text)
+    assert TOKENIZER.decode(ids) == text
+    assert not {UNKNOWN, START, END} & set(ids)
+    assert b"".join(token_bytes(TOKENIZER)[token_id] for token_id in ids) == text.encode()
+
+
+def test_every_code_point_survives():
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000), *range(0x10FF00, 0x110000)]))
+    pieces = [text[start : start + 997] for start in range(0, len(text), 997)]
+    encoded = encode_texts(TOKENIZER, pieces)
+    assert [TOKENIZER.decode(ids) for ids in encoded] == pieces
+    assert ["".join(stream(ids)) for ids in encoded[::20]] == pieces[::20]
+
+
+@quick
+@given(ordinary_text)
+def test_a_plain_call_adds_and_changes_nothing(text):
+    """What other programs call: no control tokens around the text, the same ids, the same text back."""
+    assert TOKENIZER(text)["input_ids"] == encode_text(TOKENIZER, text)
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+
+
+@quick
+@given(st.lists(any_text, max_size=6))
+def test_pieces_between_newlines_are_encoded_alone(pieces):
+    """The token cache relies on it: encoding segments equals encoding the text they make up."""
+    expected = []
+    for index, ids in enumerate(encode_texts(TOKENIZER, pieces)):
+        expected += (NEWLINE if index else []) + ids
+    assert encode_text(TOKENIZER, "\n".join(pieces)) == expected
+    assert len(NEWLINE) == 1
+
+
+@quick
+@given(any_text)
+def test_digits_and_newlines_never_join_other_characters(text):
+    for token_id in encode_text(TOKENIZER, text):
+        data = token_bytes(TOKENIZER)[token_id]
+        assert len(data) == 1 or not set(data) & set(b"0123456789\n")
+
+
+@quick
+@given(any_text)
+def test_streaming_gives_whole_characters_as_soon_as_they_exist(text):
+    ids = encode_text(TOKENIZER, text)
+    pieces = stream(ids)
+    assert "".join(pieces) == text
+    assert pieces[-1] == ""  # nothing is held back once its last byte has come
+
+
+@quick
+@given(st.lists(st.integers(0, 6399), max_size=30))
+def test_streaming_of_any_ids_equals_decoding_them(ids):
+    assert "".join(stream(ids)) == TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+def test_unfinished_character_is_flushed_as_replacement():
+    first_bytes = [token_id for token_id, data in enumerate(token_bytes(TOKENIZER)) if data == "😀".encode()[:1]]
+    decoder = StreamDecoder(TOKENIZER)
+    assert [decoder.push(encode_text(TOKENIZER, "好")[0]), decoder.push(first_bytes[0])] == ["好", ""]
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(6400) == decoder.push(-1) == ""  # an id beyond the vocabulary is silent, as in a full decode
+
+
+def test_rendering_of_a_known_conversation():
+    messages = [
+        {"role": "system", "content": "你是助手"},
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "好\n的"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": "再见"},
+    ]
+    ids, mask = render_conversation(TOKENIZER, messages, add_generation_prompt=True)
+    turns = "<s>system\n你是助手</s>\n<s>user\n你好</s>\n<s>assistant\n好\n的</s>\n<s>user\n</s>\n<s>assistant\n再见</s>\n"
+    assert TOKENIZER.decode(ids) == turns + "<s>assistant\n"
+    supervised = TOKENIZER.decode([token_id for token_id, chosen in zip(ids, mask) if chosen])
+    assert supervised == "好\n的</s>再见</s>"
+    _, last = render_conversation(TOKENIZER, messages, add_generation_prompt=True, last_turn_only=True)
+    assert TOKENIZER.decode([token_id for token_id, chosen in zip(ids, last) if chosen]) == "再见</s>"
+    assert render_conversation(TOKENIZER, []) == ([], [])
+
+
+@quick
+@given(conversations(any_text), st.booleans(), st.booleans())
+def test_rendering_is_exact_and_supervises_exactly_the_answers(messages, generation_prompt, last_turn_only):
+    ids, mask = render_conversation(TOKENIZER, messages, generation_prompt, last_turn_only)
+    expected_ids, expected_mask = [], []
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index, message in enumerate(messages):
+        header = [START, *encode_text(TOKENIZER, message["role"] + "\n")]
+        content = [*encode_text(TOKENIZER, message["content"]), END]
+        learned = index == answers[-1] if last_turn_only and answers else message["role"] == "assistant"
+        expected_ids += header + content + NEWLINE
+        expected_mask += [0] * len(header) + [int(learned)] * len(content) + [0]
+    if generation_prompt:
+        header = [START, *encode_text(TOKENIZER, "assistant\n")]
+        expected_ids += header
+        expected_mask += [0] * len(header)
+    assert (ids, mask) == (expected_ids, expected_mask)
+    assert ids.count(END) == len(messages) and ids.count(START) == len(messages) + generation_prompt
+
+
+@quick
+@given(conversations(ordinary_text), st.booleans())
+def test_template_agrees_with_rendering_on_ordinary_text(messages, generation_prompt):
+    ids = TOKENIZER.apply_chat_template(messages, add_generation_prompt=generation_prompt)["input_ids"]
+    assert ids == render_conversation(TOKENIZER, messages, generation_prompt)[0]
+
+
+@quick
+@given(conversations(hostile_text))
+def test_template_cannot_be_broken_out_of(messages):
+    """Whatever the messages spell, the rendered string holds one start and one end per message, in the right order."""
+    ids = TOKENIZER.apply_chat_template(messages)["input_ids"]
+    assert [token_id for token_id in ids if token_id <= END] == [START, END] * len(messages)
+    text = TOKENIZER.apply_chat_template(messages, tokenize=False)
+    for message in messages:
+        visible = message["content"].replace("<s>", "< s>").replace("</s>", "< /s>").replace("<unk>", "< unk>")
+        assert f"<s>{message['role']}\n{visible}</s>\n" in text
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "tool", "content": "x"}, {"role": "user</s>", "content": "x"}, {"content": "x"}, {"role": "user"},
+    {"role": "user", "content": None}, {"role": "user", "content": ["x"]}, "text",
+])
+def test_bad_messages_are_refused(message):
+    with pytest.raises(UserError, match="message"):
+        render_conversation(TOKENIZER, [message])
+
+
+def test_template_refuses_unknown_roles():
+    with pytest.raises(Exception, match="unknown role tool"):
+        TOKENIZER.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_auto_tokenizer_loads_the_folder():
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(DEFAULT_TOKENIZER_PATH))
+    text = " a , b. 's\n\n你好 "
+    assert loaded(text)["input_ids"] == encode_text(TOKENIZER, text)
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+    assert loaded.chat_template == TOKENIZER.chat_template
+
+
+def test_hash_names_the_ids(tmp_path):
+    again = pickle.loads(pickle.dumps(TOKENIZER))
+    assert tokenizer_hash(again) == tokenizer_hash(TOKENIZER)
+    assert render_conversation(again, [{"role": "user", "content": "<s>"}]) == render_conversation(
+        TOKENIZER, [{"role": "user", "content": "<s>"}])
+    shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / "changed")
+    file = tmp_path / "changed" / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    merges = definition["model"]["merges"]
+    merges[-1], merges[-2] = merges[-2], merges[-1]
+    file.write_text(json.dumps(definition))
+    assert tokenizer_hash(load_tokenizer(tmp_path / "changed")) != tokenizer_hash(TOKENIZER)
+
+
+def test_missing_and_broken_folders(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer folder"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model"')
+    with pytest.raises(UserError, match="damaged") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    shutil.copy(DEFAULT_TOKENIZER_PATH / "tokenizer.json", tmp_path)
+    with pytest.raises(UserError, match="bos_token"):
+        load_tokenizer(tmp_path)
+
+
+def test_shipped_tokenizer_compresses_chinese():
+    """On the repository's own texts, where BPE with GPT-2's splitting, trained on the same sources, gives 1.195."""
+    text = (ROOT / "dataset" / "demo_world" / "texts.txt").read_text(encoding="utf-8")
+    assert len(text) / len(encode_text(TOKENIZER, text)) > 1.23
