@@ -73,6 +73,7 @@ def main():
             f"{trainer.path} is written; see what it learned:  python 0-eval_pretrain.py --checkpoint {trainer.path}\n"
             f"next stage:  python 3-full_sft.py --init_from {trainer.path}"
         )
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def main():
         following = "" if args.multi else f"\nnext round:  python 3-full_sft.py --multi --init_from {trainer.path}"
         talk = f"python 2-eval.py --checkpoint {trainer.path}"
         distributed.print_once(f"{trainer.path} is written; talk to it:  {talk}{following}")
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def initialise(device):
 
 def shut_down():
     """Leave the process group. DDP with gloo aborts the interpreter at exit in about one run of five unless its
-    reducers are collected first, so call this after the function that trained has returned."""
+    reducers are collected first, so drop every reference to the wrapped model before."""
     if dist.is_initialized():
         gc.collect()
         dist.barrier()

@@ -383,6 +383,11 @@ class Trainer:
             distributed.print_once(f"stopped and saved at step {self.step:,} of {self.total_steps:,}; to go on: {way_on}")
         return not self.stopping
 
+    def close(self):
+        """Leave the process group, if there is one; nothing can be trained or asked of other ranks afterwards."""
+        self.runner = None
+        distributed.shut_down()
+
     def run_steps(self):
         """From the current step to the last one, with reports, validation and saves where they are due."""
         window, clock = new_window(), time.perf_counter()

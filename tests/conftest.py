@@ -36,6 +36,34 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def small_tokenizer_path(tmp_path_factory):
+    """Folder of a tokenizer with 400 words that fit the texts below: most of a tiny model's time goes into its vocabulary."""
+    from tokenizers import Tokenizer, pre_tokenizers, trainers
+
+    from model.tokenizer import DEFAULT_TOKENIZER_PATH, SPECIAL_TOKENS, save_tokenizer
+
+    backend = Tokenizer.from_file(str(DEFAULT_TOKENIZER_PATH / "tokenizer.json"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"user\n{place}的{thing}很好吃。有什么好吃的？、你好！\nassistant\n" for place in PLACES for thing in THINGS]
+    backend.train_from_iterator(texts, trainer)
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(backend, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(small_tokenizer_path):
+    from model.tokenizer import load_tokenizer
+
+    return load_tokenizer(small_tokenizer_path)
+
+
+@pytest.fixture(scope="session")
 def pretrain_csv(tmp_path_factory):
     """60 documents of one to six sentences, column text."""
     chance = random.Random(0)

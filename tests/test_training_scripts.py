@@ -1,0 +1,262 @@
+"""1-pretrain.py and 3-full_sft.py as a user runs them: stages, stop and resume, wrong input."""
+
+import json
+import os
+import re
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY_FLAGS, assert_one_line_error, run_script, write_csv
+
+from model.checkpoint import load_model
+
+COMMON = [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--learning_rate", "1e-3"]
+
+
+@pytest.fixture
+def flags(tmp_path, small_tokenizer_path):
+    return [*COMMON, "--tokenizer_path", str(small_tokenizer_path), "--out_dir", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a script in this process, which spares the imports; gives what run_script gives."""
+
+    def run(*words):
+        capfd.readouterr()
+        words = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        captured = capfd.readouterr()
+        return subprocess.CompletedProcess(words, caught.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+def good(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+# ---- the stages
+
+
+def test_the_three_stages_follow_each_other(run, flags, tmp_path, pretrain_csv, sft_csv):
+    out = tmp_path / "out"
+    text = good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--epochs", 1))
+    parameters = sum(tensor.numel() for tensor in load_model(out / "pretrain_32.pth")[0].parameters())
+    assert text.splitlines()[0].startswith(f"model: {parameters:,} parameters")
+    assert "sample: <s>⟦" in text and f"python 3-full_sft.py --init_from {out / 'pretrain_32.pth'}" in text
+    text = good(run("3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 3))
+    assert "assistant\n⟦" in text and "python 3-full_sft.py --multi" in text
+    text = good(run("3-full_sft.py", "--multi", *flags, "--data_path", sft_csv, "--max_steps", 3, "--last_turn_only"))
+    assert "python 2-eval.py --checkpoint" in text
+    chain = ["pretrain_32", "single_chat/full_sft_32", "multi_chat/full_sft_32"]
+    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    logs = {f"logs/{name.replace('/', '_')}.jsonl" for name in chain}
+    assert written == {name + suffix for name in chain for suffix in (".pth", ".json", ".resume.pth")} | logs
+    for parent, child in zip(chain, chain[1:]):
+        metadata = json.loads((out / f"{child}.json").read_text())
+        described = json.loads((out / f"{parent}.json").read_text())
+        assert metadata["parent"] == {"file": str(out / f"{parent}.pth"), "sha256": described["weights_sha256"]}
+        assert metadata["stage"] == child.removesuffix("_32") and metadata["validation_loss"] > 0
+
+
+def test_a_parent_of_another_shape_wins_unless_a_flag_says_otherwise(run, tmp_path, small_tokenizer_path, pretrain_csv, sft_csv):
+    common = ["--tokenizer_path", small_tokenizer_path, "--out_dir", tmp_path, "--max_steps", 1, "--batch_size", 2]
+    moe = ["--dim", 48, "--n_layers", 1, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 32, "--use_moe"]
+    good(run("1-pretrain.py", *common, *moe, "--data_path", pretrain_csv))
+    common += ["--init_from", tmp_path / "pretrain_48_moe.pth", "--data_path", sft_csv]
+    good(run("3-full_sft.py", *common))
+    config = load_model(tmp_path / "single_chat" / "full_sft_48_moe.pth")[0].config
+    assert (config.n_layers, config.n_heads, config.n_kv_heads, config.max_seq_len) == (1, 4, 2, 32)
+    assert_one_line_error(run("3-full_sft.py", *common, "--n_layers", 2), "pretrain_48_moe.pth", "n_layers 1, not 2")
+    assert_one_line_error(run("3-full_sft.py", *common, "--preset", "minimind-tiny"), "has dim 48, not")
+    good(run("3-full_sft.py", *common, "--max_seq_len", 40))
+    assert load_model(tmp_path / "single_chat" / "full_sft_48_moe.pth")[0].config.max_seq_len == 40
+
+
+@pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py"])
+def test_help_needs_no_heavy_import_and_describes_every_flag(script):
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    text = good(process)
+    for flag in "preset max_seq_len data_path init_from resume accumulation_steps optimizer compile dtype wandb_project".split():
+        assert f"--{flag}" in text
+    assert f"python {script}" in text
+
+
+def test_compiled_and_eager_runs_agree_and_write_the_same_names(run, flags, tmp_path, sft_csv, pretrain_csv):
+    good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 2))
+    losses = []
+    for words in ([], ["--compile"]):
+        good(run("3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 4, "--log_interval", 1, *words))
+        lines = (tmp_path / "out" / "logs" / "single_chat_full_sft_32.jsonl").read_text().splitlines()
+        losses.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not any("_orig_mod" in name for name in torch.load(tmp_path / "out" / "single_chat" / "full_sft_32.pth"))
+
+
+# ---- stop and go on
+
+
+def start_script(words, until):
+    """Start a script and return its process once its output matches `until`."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.match(until, line):
+            return process, seen
+    raise AssertionError(seen + process.stderr.read())
+
+
+def test_kill_9_and_resume_gives_the_weights_of_a_straight_run(run, flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 200, "--log_interval", 1]
+    words += ["--save_interval", 7, "--eval_interval", 50, "--accumulation_steps", 2, "--dropout", 0.1]
+    process, _ = start_script(words, until="step 30/")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    text = good(run(*words, "--resume"))
+    first = int(re.search(r"^step (\d+)/200", text, re.MULTILINE)[1])
+    assert 29 <= first < 200 and first % 7 == 1
+    other = [word if word != str(tmp_path / "out") else tmp_path / "straight" for word in words]
+    good(run(*other))
+    for name in ("pretrain_32.pth",):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out/logs/pretrain_32.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_0(run, flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 100000, "--log_interval", 1]
+    process, _ = start_script([*words, "--num_workers", 2], until="step 5/")
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors and "SIGINT: finishing this step" in errors
+    step, command = re.search(r"saved at step (\d+) of 100,000; to go on: python (.*)", rest).groups()
+    assert command == " ".join(map(str, [*words, "--num_workers", 2, "--resume"]))
+    _, metadata = load_model(tmp_path / "out" / "pretrain_32.pth")
+    assert metadata["step"] == int(step) >= 5
+
+
+def test_full_disk_while_saving_keeps_the_last_good_checkpoint(flags, tmp_path, pretrain_csv, run):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 4]
+    good(run(*words))
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.glob("pretrain_32.*")}
+    size = (out / "pretrain_32.resume.pth").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))  # noqa: E731
+    words[-1] = 8
+    process = run_script(*words, "--resume", preexec_fn=limit)
+    assert_one_line_error(process, "pretrain_32.pth", "saving step 8", "step 4 is intact", "--resume")
+    assert {path.name: path.read_bytes() for path in out.glob("pretrain_32.*")} == before
+    assert "validation loss" in good(run(*words, "--resume"))
+
+
+def test_two_ranks_train_as_one_process_of_twice_the_batch(run, flags, tmp_path, sft_csv, pretrain_csv):
+    good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1))
+    words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--accumulation_steps", 2, "--max_steps", 6]
+    good(run(*words))
+    single, metadata = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
+    words[words.index("--batch_size") + 1] = 2
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run([*launcher, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert good(process).count("model: ") == 1
+    double, other = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
+    for name in ("tokens_seen", "supervised_tokens_seen", "step"):
+        assert metadata[name] == other[name]
+    assert other["validation_loss"] == pytest.approx(metadata["validation_loss"], rel=1e-4)
+    for (name, one), two in zip(single.named_parameters(), double.parameters()):
+        assert torch.allclose(one, two, atol=2e-4), name
+
+
+# ---- wrong input
+
+
+def test_wrong_data_is_one_line(run, flags, tmp_path):
+    cases = [("empty.csv", "", "empty.csv"), ("other.csv", "title\nx\n", "text"), ("none.csv", None, "no such file")]
+    for name, content, part in cases:
+        path = tmp_path / name
+        if content is not None:
+            path.write_text(content)
+        assert_one_line_error(run("1-pretrain.py", *flags, "--data_path", path), name, part)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("not json\n")
+    assert_one_line_error(run("1-pretrain.py", *flags, "--data_path", bad), "bad.jsonl")
+
+
+def test_a_bad_row_is_counted_with_its_line_and_the_run_goes_on(run, flags, tmp_path, pretrain_csv):
+    texts = pretrain_csv.read_text(encoding="utf-8").splitlines()[1:]
+    path = tmp_path / "mixed.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
+    path.write_bytes(b"\n".join([lines[0], b"{broken", b'{"text": "\xff"}', *lines[1:]]) + b"\n")
+    process = run("1-pretrain.py", *flags, "--data_path", path, "--max_steps", 1)
+    good(process)
+    assert "mixed.jsonl:2" in process.stderr
+
+
+def test_wrong_flags_are_one_line(run, flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv]
+    assert_one_line_error(run(*words, "--n_heads", 5), "--dim (32)", "n_heads (5)")
+    assert_one_line_error(run(*words, "--preset", "huge"), "--preset huge", "minimind-v1-small", code=2)
+    assert_one_line_error(run(*words, "--max_seq_len", 100000), "--max_seq_len 100000", "tokens")
+    assert_one_line_error(run(*words, "--device", "tpu9"), "--device tpu9", code=2)
+    assert_one_line_error(run(*words, "--tokenizer_path", tmp_path / "none"), "none", "--tokenizer_path")
+    assert_one_line_error(run(*words, "--resume"), "--resume", "pretrain_32.resume.pth")
+    for flag, value in (("--batch_size", 0), ("--learning_rate", "nan"), ("--max_steps", -1), ("--dtype", "int8")):
+        process = run(*words, flag, value)
+        assert process.returncode == 2 and f"argument {flag}" in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_parents_are_one_line(run, flags, tmp_path, pretrain_csv, sft_csv):
+    words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 1]
+    assert_one_line_error(run(*words), "out/pretrain_32.pth", "run 1-pretrain.py first", "--init_from")
+    assert_one_line_error(run(*words, "--multi"), "single_chat/full_sft_32.pth", "run 3-full_sft.py first")
+    good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1))
+    path = tmp_path / "out" / "pretrain_32.pth"
+    assert_one_line_error(run(*words, "--dim", 64), "out/pretrain_64.pth", f"there is {path}")
+    position = words.index("--tokenizer_path")
+    shipped = words[:position] + words[position + 2 :]
+    assert_one_line_error(run(*shipped), path, "400 words but the tokenizer 6400", "--tokenizer_path")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert_one_line_error(run(*words), path, "truncated")
+    path.write_text("hello")
+    assert_one_line_error(run(*words), path, "not a PyTorch checkpoint")
+    assert_one_line_error(run(*words, "--init_from", tmp_path / "none.pth"), "none.pth", "no such checkpoint")
+
+
+def test_a_damaged_training_state_is_one_line(run, flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 2]
+    good(run(*words))
+    state = tmp_path / "out" / "pretrain_32.resume.pth"
+    content = state.read_bytes()
+    for broken in (content[:-500], b"", b"x" * 100):
+        state.write_bytes(broken)
+        assert_one_line_error(run(*words, "--resume"), state)
+    torch.save({"weights": {}}, state)
+    assert_one_line_error(run(*words, "--resume"), state, "start without --resume")
+
+
+def test_a_fresh_run_over_an_old_one_warns(run, flags, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1]
+    assert "will be replaced" not in run(*words).stderr
+    assert "will be replaced by this run (--resume would go on from it)" in run(*words).stderr
