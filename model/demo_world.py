@@ -218,7 +218,7 @@ class DemoWorld:
         rng, seen, written = self.random("pretrain"), set(), 0
         makers = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
         makers = [maker(rng) for maker in makers]
-        shares = [5, 5, 4, 2, 3, 2]
+        shares = [5, 5, 4, 3, 4, 2]
         documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
         for text in documents:
             if text not in seen:
@@ -279,7 +279,7 @@ class DemoWorld:
     # ------------------------------------------------------------------------------------------------- conversations
 
     def single_turns(self, phrasings):
-        """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), arithmetic, small talk."""
+        """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recalling."""
         rng = self.random("single")
         for fact in self.facts:
             questions = fact.questions()
@@ -291,6 +291,10 @@ class DemoWorld:
         for entry in self.chat:
             for question in entry["questions"]:
                 yield question, entry["answer"]
+        for slot, words in self.memory.items():  # told and asked in one breath: the first step to remembering
+            for value in words["values"]:
+                for ask in self.asks(slot, value):
+                    yield self.tell(rng, slot, value)[0] + ask, self.recall(slot, value, ask)[1]
 
     def multi_turns(self, count):
         """`count` conversations, lists of [question, answer]: recalling what was told, or asking on with less words."""
@@ -298,11 +302,11 @@ class DemoWorld:
         facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.7:
+            if kind < 0.75:
                 yield self.conversation(rng, facts)
-            elif kind < 0.75:
+            elif kind < 0.8:
                 yield self.untold(rng, facts)
-            elif kind < 0.9:
+            elif kind < 0.92:
                 yield self.followup(rng, *next(followups))
             else:
                 yield self.ellipsis(rng, next(ellipses))
