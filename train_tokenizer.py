@@ -23,6 +23,7 @@ import argparse
 import collections
 import json
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -290,7 +291,9 @@ def main():
     sample, held_out = sample_documents(paths, args.group_field, kept, shares, args.seed)
     print(f"{sum(sizes.values()):,} characters in {len(sizes)} groups, {len(sizes) - len(kept)} groups excluded; "
           f"training on {sum(map(len, sample)):,} characters of {len(sample):,} documents")
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the compiled loop would notice Ctrl-C only at its end
     backend = train(sample, args.vocab_size)
+    signal.signal(signal.SIGINT, handler)
     save_tokenizer(backend, args.output_dir)
     if held_out:
         compression = characters_per_token(backend, held_out)

@@ -2,8 +2,8 @@
 
 One turn of a conversation is `<s>role\\n` content `</s>\\n`. Only this module spells that format: `render_conversation`
 gives it as ids, CHAT_TEMPLATE as Jinja for other programs. They agree on ordinary text and differ where content spells
-a control token: `render_conversation` encodes it exactly, as text; a template makes one string of all, in which it would
-become a control token, so there `<s>` in content is written `< s>`.
+a control token: `render_conversation` encodes it exactly, as text; the template makes one string of all, in which it
+would become a control token, so there `<s>` in content is written `< s>`.
 
 train_tokenizer.py splits every newline off as a token of its own, so encoding pieces separately equals encoding the
 joined text wherever the pieces meet at a newline.
@@ -192,7 +192,7 @@ class StreamDecoder:
 
 
 def tokenizer_hash(tokenizer):
-    """Hex digest of all that decides ids (vocabulary, merges, normalizer, splitting), however the folder is formatted."""
+    """Hex digest of all that decides ids (vocabulary, merges, normalizer, splitting) and of nothing else."""
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in definition["model"].get("merges", [])]
     deciding = [sorted(tokenizer.get_vocab().items()), merges, definition["normalizer"], definition["pre_tokenizer"]]

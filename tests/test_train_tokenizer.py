@@ -8,8 +8,9 @@ import random
 
 import pytest
 
+import train_tokenizer
 from conftest import assert_one_line_error, run_script
-from model.tokenizer import SPECIAL_TOKENS, encode_text, load_tokenizer, render_conversation, tokenizer_hash
+from model.tokenizer import SPECIAL_TOKENS, encode_text, load_tokenizer, render_conversation, token_bytes, tokenizer_hash
 
 CHARACTERS = [chr(0x4E00 + index) for index in range(400)]
 WORDS = ["".join(random.Random(seed).choices(CHARACTERS, k=2)) for seed in range(300)]
@@ -17,7 +18,7 @@ WORDS = ["".join(random.Random(seed).choices(CHARACTERS, k=2)) for seed in range
 
 def sentences(count, seed=0):
     chance = random.Random(seed)
-    return ["".join(chance.choices(WORDS, k=12)) + "。" for _ in range(count)]
+    return ["".join(chance.choices(WORDS, k=12)) + "。\n1999年" for _ in range(count)]
 
 
 def write_jsonl(path, rows, opener=open):
@@ -36,7 +37,7 @@ def printed_number(process, before, after):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tokenizer from all kinds of input at once, with bad rows in between -> (finished process, folder, input folder)."""
+    """Trained on all kinds of input at once, bad rows among them -> (finished process, its folder, input folder)."""
     folder = tmp_path_factory.mktemp("text")
     write_jsonl(folder / "a.jsonl.gz", [{"text": text} for text in sentences(150, 1)], gzip.open)
     write_jsonl(folder / "b.jsonl.xz", [{"history": [[q, a]], "q": q, "a": a} for q, a in
@@ -48,7 +49,7 @@ def trained(tmp_path_factory):
         handle.write("{broken\n")
     with open(folder / "d.csv", "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle, lineterminator="\n").writerows([["text"], *([text] for text in sentences(80, 5))])
-    (folder / "e.txt").write_bytes("\n".join(sentences(80, 6)).encode() + b"\n\xff\xfe bad\n")
+    (folder / "e.txt").write_bytes("\n".join(sentences(40, 6)).encode() + b"\n\xff\xfe bad\n")
     inputs = folder / "*.jsonl*", folder / "d.csv", folder / "e.txt"
     process = train("--data_path", *inputs, "--output_dir", folder / "out")
     assert process.returncode == 0, process.stderr
@@ -65,7 +66,8 @@ def test_folder_is_complete_and_works(trained):
     assert encode_text(tokenizer, "a\nb") == [token for part in "a\nb" for token in encode_text(tokenizer, part)]
     messages = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
     assert tokenizer.apply_chat_template(messages)["input_ids"] == render_conversation(tokenizer, messages)[0]
-    assert {file.name for file in folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {file.name for file in folder.iterdir()} == names
 
 
 def test_it_learned_the_words_and_says_how_well(trained):
@@ -75,6 +77,8 @@ def test_it_learned_the_words_and_says_how_well(trained):
     for word in ("user", "assistant", "system", "____"):
         assert len(encode_text(tokenizer, word)) == 1
     assert all(len(encode_text(tokenizer, character)) <= 2 for character in CHARACTERS)
+    for data in token_bytes(tokenizer):
+        assert len(data) <= 1 or not set(data) & set(b"\n0123456789"), data
 
 
 def test_bad_rows_are_counted_and_named(trained):
@@ -98,11 +102,14 @@ def test_same_seed_same_tokenizer_and_the_sample_is_capped(trained, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_shares_are_fair():
-    import train_tokenizer
-
+def test_shares_are_fair_and_spread_over_the_file(tmp_path):
     assert train_tokenizer.fair_shares({"a": 10, "b": 1000, "c": 500}, 210) == {"a": 10, "b": 100, "c": 100}
     assert train_tokenizer.fair_shares({"a": 10, "b": 20}, 1000) == {"a": 10, "b": 20}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{index:05}"} for index in range(2000)])
+    sample, held_out = train_tokenizer.sample_documents([path], None, {str(path): 10_000}, {str(path): 1000}, seed=0)
+    rows = sorted(map(int, sample + held_out))
+    assert 150 < len(rows) <= 200
+    assert rows[0] < 100 and 850 < rows[len(rows) // 2] < 1150 and rows[-1] > 1700
 
 
 def test_groups_by_field_can_be_left_out(tmp_path):
