@@ -124,7 +124,8 @@ class Attention(nn.Module):
         if self.flash_attn and dropout == 0 and mask is None and BlockAttention.pays(query, key):
             return BlockAttention.apply(query, key, value)
         attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
-        causal = mask is None and query.shape[2] > 1
+        # "if" makes a plain bool of a length that torch.compile keeps symbolic; a kernel's flag may not be symbolic.
+        causal = True if mask is None and query.shape[2] > 1 else False
         grouped = self.n_heads != self.n_kv_heads
         return attend(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
 
