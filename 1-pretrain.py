@@ -48,7 +48,10 @@ def main():
     distributed.print_once(describe_model(model, device, dtype))
 
     # Documents of which one in a hundred is held out for validation, packed into rows without padding.
-    train, validation = open_pretrain_data(args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed)
+    train, validation = open_pretrain_data(
+        args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed, cache_dir=args.cache_dir
+    )
+    distributed.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
     distributed.print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")
 
     # Every parameter learns, by the plain next-token loss.

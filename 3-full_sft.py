@@ -57,8 +57,14 @@ def main():
 
     # Conversations, batched by length; labels mark the assistant's turns.
     train, validation = open_sft_data(
-        args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed, last_turn_only=args.last_turn_only
+        args.data_path,
+        tokenizer,
+        model.config.max_seq_len,
+        seed=args.seed,
+        last_turn_only=args.last_turn_only,
+        cache_dir=args.cache_dir,
     )
+    distributed.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
     distributed.print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 
     # Every parameter learns, by the next-token loss of the labelled tokens.

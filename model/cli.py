@@ -84,6 +84,7 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     data.add_argument(
         "--tokenizer_path", default=DEFAULT_TOKENIZER_PATH, help="tokenizer folder (default: model/minimind_tokenizer)"
     )
+    data.add_argument("--cache_dir", help="where tokenised rows are kept (default: .cache beside the data file)")
     data.add_argument("--out_dir", default="out", help="where checkpoints and logs go (default: %(default)s)")
     data.add_argument("--init_from", metavar="PTH", help="start from this checkpoint; its shape wins over the preset")
     data.add_argument("--resume", action="store_true", help="go on exactly where the last saved step ended")

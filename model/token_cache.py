@@ -28,6 +28,7 @@ from model.tokenizer import ROLES, encode_texts, render_conversation, tokenizer_
 
 FORMAT_VERSION = 1
 HASHED_PIECE = 1 << 26  # bytes
+FINGERPRINT_DIGITS = 20
 BLOCK_CHARACTERS = 1 << 20  # enough texts for every core, yet their encodings stay far below 1 GB
 SYSTEM, USER, ASSISTANT = range(len(ROLES))
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -178,8 +179,10 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
         return TokenCache(folder)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir):
+        with _lock(cache_dir) as alone:
             if not _complete(folder):
+                if alone:
+                    _remove_leftovers(folder)
                 _build(path, tokenizer, encoding, folder)
     except OSError as error:
         if error.errno not in FULL_DISK + NOT_WRITABLE:
@@ -193,7 +196,7 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
 def fingerprint(path, tokenizer, encoding):
     """Hex name of all that decides what a cache holds: the file's bytes and suffixes, the tokenizer, the format."""
     deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, content_hash(path), tokenizer_hash(tokenizer)]
-    return hashlib.blake2b(json.dumps(deciding).encode(), digest_size=10).hexdigest()
+    return hashlib.blake2b(json.dumps(deciding).encode(), digest_size=FINGERPRINT_DIGITS // 2).hexdigest()
 
 
 def content_hash(path):
@@ -226,27 +229,32 @@ def _complete(folder):
 
 @contextlib.contextmanager
 def _lock(directory):
-    """Let one process at a time work in `directory`. The lock is on the open directory itself: no lock file can go stale."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
+    """Let one process at a time work in `directory`; gives whether that is certain.
+
+    The system frees the lock when its holder dies, so the file may stay. (A file, because NFS cannot lock a directory.)"""
+    with open(directory / ".lock", "a") as handle:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if os.environ.get("RANK", "0") == "0":
                 print(f"waiting for another process that is tokenising into {directory}", file=sys.stderr)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:  # some network file systems: at worst two processes do the same work
                 raise
-        yield
-    finally:
-        os.close(descriptor)
+            yield False
+            return
+        yield True
+
+
+def _remove_leftovers(folder):
+    """Delete what killed processes left in the cache folder, and a cut copy of the cache to be built."""
+    for leftover in [folder, *folder.parent.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _build(path, tokenizer, encoding, folder):
     """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
-    for leftover in itertools.chain(folder.parent.glob("*.tmp-*"), [folder]):  # of killed processes, or cut copies
-        shutil.rmtree(leftover, ignore_errors=True)
     before = os.stat(path)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
@@ -261,13 +269,14 @@ def _build(path, tokenizer, encoding, folder):
             raise UserError(f"{path}: changed while it was being tokenised; start again when it is complete")
         temporary.chmod(0o755)  # mkdtemp makes it private, yet caches are shared
         sync_directory(temporary)
-        os.rename(temporary, folder)
+        if _complete(folder):  # by another process, where locks don't work
+            shutil.rmtree(temporary)
+        else:
+            os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(folder.parent)
-    if report.dropped:
-        print("\n".join([f"{path}:", *report.summary()]), file=sys.stderr)
 
 
 def _write_arrays(path, encoding, dtype, folder):

@@ -1,5 +1,6 @@
 """The token cache holds exactly the file's tokens, is found again only for the same bytes and tokenizer, and is never half."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_records import texts, write_csv
 
+from model import token_cache
 from model.cli import UserError
 from model.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
 from model.tokenizer import encode_text, load_tokenizer
@@ -24,6 +26,10 @@ TOKENIZER = load_tokenizer()
 
 def open_pretrain(path, cache_dir=None):
     return open_token_cache(path, TOKENIZER, PretrainEncoding(TOKENIZER), cache_dir)
+
+
+def entries(cache_dir):
+    return [entry for entry in cache_dir.iterdir() if entry.name != ".lock"]
 
 
 def documents(cache):
@@ -121,7 +127,7 @@ def test_nothing_usable_and_nothing_left_behind(tmp_path):
     path = write_csv(tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]])
     with pytest.raises(UserError, match="no row left to learn from"):
         open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
-    assert list((tmp_path / ".cache").iterdir()) == []
+    assert entries(tmp_path / ".cache") == []
 
 
 @pytest.mark.parametrize("code, word", [(28, "No space left"), (30, "Read-only"), (13, "Permission")])
@@ -133,7 +139,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
     monkeypatch.setattr("model.token_cache._write_arrays", fail)
     with pytest.raises(UserError, match=f"{word}.*--cache_dir"):
         open_pretrain(path, tmp_path / "elsewhere")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert entries(tmp_path / "elsewhere") == []
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
@@ -148,7 +154,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(PretrainEncoding, "encode", append_and_encode)
     with pytest.raises(UserError, match="changed while"):
         open_pretrain(path)
-    assert list((tmp_path / ".cache").iterdir()) == []
+    assert entries(tmp_path / ".cache") == []
 
 
 BUILD = """
@@ -169,11 +175,22 @@ print(token_cache.open_token_cache(path, tokenizer, token_cache.PretrainEncoding
 """
 
 
-def start_build(step, path, go, output):
-    """A process that tokenises `path`, and behind the function `step` of the token cache waits until the file `go` exists."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", BUILD, step, str(path), str(go)]
-    return subprocess.Popen(command, stdout=open(output, "w"), stderr=subprocess.STDOUT, env=environment)
+@pytest.fixture
+def start_build():
+    processes = []
+
+    def start(step, path, go, output):
+        """A process that tokenises `path` and, behind the function `step` of the token cache, waits until the file `go` exists."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", BUILD, step, str(path), str(go)]
+        with open(output, "w") as handle:
+            processes.append(subprocess.Popen(command, stdout=handle, stderr=subprocess.STDOUT, env=environment))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def wait_for(condition, processes):
@@ -183,7 +200,7 @@ def wait_for(condition, processes):
         time.sleep(0.02)
 
 
-def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
+def test_of_two_processes_one_builds_and_the_other_waits(tmp_path, start_build):
     path, go = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / "go"
     outputs = [tmp_path / "0", tmp_path / "1"]
     processes = [start_build("_write_arrays", path, go, output) for output in outputs]
@@ -194,17 +211,34 @@ def test_of_two_processes_one_builds_and_the_other_waits(tmp_path):
     assert sum("held" in output.read_text() for output in outputs) == 1
 
 
-def test_a_killed_build_leaves_nothing_that_looks_usable_and_no_stale_lock(tmp_path):
+def test_a_killed_build_leaves_nothing_that_looks_usable_and_no_stale_lock(tmp_path, start_build):
     path, output = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / "0"
     process = start_build("_write_arrays", path, tmp_path / "never", output)
     wait_for(lambda: output.read_text() == "held\n", [process])
     process.kill()
     process.wait()
-    leftovers = list((tmp_path / ".cache").iterdir())
+    leftovers = entries(tmp_path / ".cache")
     assert len(leftovers) == 1 and ".tmp-" in leftovers[0].name
     cache = open_pretrain(path)
     assert documents(cache) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
-    assert list((tmp_path / ".cache").iterdir()) == [cache.folder]
+    assert entries(tmp_path / ".cache") == [cache.folder]
+
+
+def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    write, other = token_cache._write_arrays, []
+
+    def write_after_another(*arguments):
+        monkeypatch.setattr("model.token_cache._write_arrays", write)
+        other.append(open_pretrain(path).folder)
+        return write(*arguments)
+
+    monkeypatch.setattr("model.token_cache.fcntl.flock", no_locks)
+    monkeypatch.setattr("model.token_cache._write_arrays", write_after_another)
+    assert [open_pretrain(path).folder] == other == entries(tmp_path / ".cache")
 
 
 def test_sft_cache_by_turns(tmp_path):
