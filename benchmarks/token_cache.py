@@ -2,8 +2,8 @@
 
     python benchmarks/token_cache.py [--data_path FILE] [--megabytes 12] [--repeats 3]
 
-Without --data_path the rows are made up of the characters the tokenizer knows. Both take turns, so that a busy machine disturbs
-them alike; the last line is JSON with the medians in MB/s of text and their ratio.
+Without --data_path the rows are made up of the characters the tokenizer knows. Both take turns, so that a busy
+machine disturbs them alike; the last line is JSON with the medians in MB/s of text and their ratio.
 """
 
 import argparse
@@ -25,7 +25,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_path", help="rows with a column text, .csv or .jsonl, also compressed")
     parser.add_argument("--tokenizer_path", help="tokenizer folder (default: model/minimind_tokenizer)")
-    parser.add_argument("--megabytes", type=positive_int, default=12, help="text taken from the file (default: %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=positive_int, default=12, help="text taken from the file (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=positive_int, default=3, help="measurements of each (default: %(default)s)")
     return parser.parse_args()
 
@@ -58,7 +60,11 @@ def main():
 
     tokenizer = load_tokenizer(args.tokenizer_path or DEFAULT_TOKENIZER_PATH)
     size = args.megabytes * 10**6
-    texts = [text for text in (read_texts(args.data_path, size) if args.data_path else made_up_texts(tokenizer, size)) if text]
+    texts = [
+        text
+        for text in (read_texts(args.data_path, size) if args.data_path else made_up_texts(tokenizer, size))
+        if text
+    ]
     if not texts:
         raise UserError(f"--data_path {args.data_path}: has no text")
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

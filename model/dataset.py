@@ -1,14 +1,15 @@
-"""Rows for training: text is tokenised once into a memory-mapped cache, packed or batched by length, drawn in a resumable order.
+"""Rows for training: tokenised once, packed or batched by length, drawn in an order that can be resumed.
 
-    train, validation = open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=seed)   # or open_sft_data
-    sampler = ResumableSampler(len(train), batch_size, seed=seed, rank=rank, world_size=world_size, lengths=train.lengths)
+    train, validation = open_pretrain_data(path, tokenizer, max_seq_len, seed=seed)  # or open_sft_data
+    sampler = ResumableSampler(len(train), batch_size, seed, rank, world_size, lengths=train.lengths)
     loader = BatchLoader(train, sampler, num_workers=0, pin_memory=device.type == "cuda")
     for batch in loader:    # the rest of the current epoch; afterwards the loader stands at the start of the next one
         ...                 # loader.state_dict() now covers exactly the batches handed out so far
 
 A batch is {"input_ids": LongTensor [B, T], "labels": LongTensor [B, T]} and, only if something is padded,
-"attention_mask": LongTensor [B, T] (1 = real). labels[b, t] is input_ids[b, t] or -100; labels[:, 0] is always -100 because
-nothing predicts the first token, so (labels != -100).sum() is the number of targets. Padding is at the right: id 0, label -100, mask 0.
+"attention_mask": LongTensor [B, T] (1 = real). labels[b, t] is input_ids[b, t] or -100; labels[:, 0] is always -100
+because nothing predicts the first token, so (labels != -100).sum() is the number of targets. Padding is at the right:
+id 0, label -100, mask 0.
 """
 
 import numpy as np
@@ -27,9 +28,10 @@ GROUPS_SORTED_TOGETHER = 64  # more: less padding; fewer: rows of a batch are mo
 def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, cache_dir=None):
     """(train, validation) PretrainDatasets over a .csv/.jsonl with column `text`, split by document with `seed`.
 
-    The first call tokenises the file into cache_dir (default: `.cache` beside the file); every process may call it: one builds, the
-    others wait. validation_share: share of the documents; 0 or a file with a single document leaves validation empty (len 0).
-    Raises UserError: bad file, no text in it, max_seq_len beyond the tokens there are, cache folder not writable.
+    The first call tokenises the file into cache_dir (default: `.cache` beside the file); every process may call it:
+    one builds, the others wait. validation_share: share of the documents; 0 or a file with a single document leaves
+    validation empty (len 0). Raises UserError: bad file, no text in it, max_seq_len beyond the tokens there are,
+    cache folder not writable.
     """
     cache = open_token_cache(path, tokenizer, PretrainEncoding(tokenizer), cache_dir)
     held_out = _held_out(len(cache.document_ends), validation_share, seed)
@@ -43,23 +45,26 @@ def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed
 
 
 def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, last_turn_only=False, cache_dir=None):
-    """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}, split by row with `seed`.
+    """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}.
 
-    Too long rows lose their oldest exchanges first, then the system turn, then the front of the last question; an answer is never
-    cut: a row whose last answer leaves no room for its question is left out and counted. Turns behind the last answer teach nothing
-    and are not kept. Raises UserError as open_pretrain_data, and when no row is left.
+    They are split by row with `seed`. Too long rows lose their oldest exchanges first, then the system turn, then the
+    front of the last question; an answer is never cut: a row whose last answer leaves no room for its question is left
+    out and counted. Turns behind the last answer teach nothing and are not kept. Raises UserError as
+    open_pretrain_data, and when no row is left.
     """
     cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer), cache_dir)
     held_out = _held_out(len(cache.row_ends), validation_share, seed)
     rows = _fit_conversations(cache, max_seq_len)
     train, validation = (SFTDataset(cache, rows, part, last_turn_only) for part in (~held_out, held_out))
     if not len(train):
-        raise UserError(f"{path}: no row left to learn from at --max_seq_len {max_seq_len}; " + "; ".join(cache.report.summary()))
+        raise UserError(
+            f"{path}: no row left to learn from at --max_seq_len {max_seq_len}; " + "; ".join(cache.report.summary())
+        )
     return train, validation
 
 
 def _held_out(count, share, seed):
-    """Mask [count] of a seeded choice for validation: at least one and never all, unless share is 0 or there is but one."""
+    """Mask [count] of a seeded choice for validation: at least one and not all, unless share is 0 or count 1."""
     chosen = np.zeros(count, dtype=bool)
     if share and count > 1:
         number = min(max(1, round(share * count)), count - 1)
@@ -70,8 +75,9 @@ def _held_out(count, share, seed):
 class PretrainDataset:
     """Documents `<s> text </s>` joined into one stream and cut into full rows of max_seq_len tokens.
 
-    Neighbouring rows share one token, so every token of the stream except the very first is a target exactly once; the last row
-    reaches back to be full and has label -100 where the row before it already learned. (A stream shorter than one row is padded.)
+    Neighbouring rows share one token, so every token of the stream except the very first is a target exactly once;
+    the last row reaches back to be full and has label -100 where the row before it already learned. (A stream shorter
+    than one row is padded.)
     len(dataset): rows. dataset[i] -> row of 1-D tensors; dataset[[i, j, ...]] -> batch (see module docstring).
     Attributes: lengths (None: all rows are equally long), num_documents, num_tokens, num_targets, report (RowReport).
     """
@@ -81,7 +87,7 @@ class PretrainDataset:
     def __init__(self, cache, documents, max_seq_len):
         """documents: bool mask [number of documents] of those that belong to this part."""
         self.cache, self.max_seq_len, self.report = cache, max_seq_len, cache.report
-        # The stream is made of stretches of the token file, one per run of chosen documents: memory for runs, not documents.
+        # The stream consists of stretches of the token file, one per run of chosen documents, to save memory.
         edges = np.flatnonzero(np.diff(documents, prepend=False, append=False)).reshape(-1, 2)
         ends = cache.document_ends[edges[:, 1] - 1]
         begins = np.where(edges[:, 0] > 0, cache.document_ends[edges[:, 0] - 1], 0)
@@ -108,14 +114,15 @@ class PretrainDataset:
 
 
 class SFTDataset:
-    """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or on the last one only).
+    """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or the last only).
 
     len(dataset), dataset[i], dataset[[...]] as in PretrainDataset; a batch is as wide as its longest row.
-    Attributes: lengths (int array, tokens of each row), num_tokens, report (RowReport of the whole file: rows left out, rows shortened).
+    Attributes: lengths (int array, tokens of each row), num_tokens, report (RowReport of the whole file: rows left
+    out, rows shortened).
     """
 
     def __init__(self, cache, rows, part, last_turn_only):
-        """rows: as _fit_conversations gives them; part: bool mask [rows of the file] of those that belong to this dataset."""
+        """rows: as _fit_conversations gives them; part: bool mask [rows of the file] of those that belong here."""
         self.cache, self.last_turn_only, self.report = cache, last_turn_only, rows["report"]
         keep = np.flatnonzero(part & rows["kept"])
         self.begin, self.end, self.system, self.cut = (rows[name][keep] for name in ("begin", "end", "system", "cut"))
@@ -132,7 +139,7 @@ class SFTDataset:
         return _batch([ids for ids, _ in rendered], [labels for _, labels in rendered], int(self.lengths[rows].max()))
 
     def _render(self, row):
-        """(ids, labels) of one row: the stretch of the token file from its first kept turn, the question's front cut out."""
+        """(ids, labels) of one row: the token file from its first kept turn on, the question's front cut out."""
         cache, begin, end = self.cache, int(self.begin[row]), int(self.end[row])
         start = cache.turn_start(begin)
         ids = cache.tokens[start : cache.turn_ends[end - 1]].astype(np.int64)
@@ -140,7 +147,8 @@ class SFTDataset:
         for turn in range(end - 1 if self.last_turn_only else begin, end):
             if cache.turn_roles[turn] == ASSISTANT:
                 learned = slice(
-                    cache.turn_start(turn) + cache.header_lengths[ASSISTANT] - start, cache.turn_ends[turn] - cache.tail_length - start
+                    cache.turn_start(turn) + cache.header_lengths[ASSISTANT] - start,
+                    cache.turn_ends[turn] - cache.tail_length - start,
                 )
                 labels[learned] = ids[learned]
         if self.cut[row]:
@@ -156,8 +164,9 @@ class SFTDataset:
 def _fit_conversations(cache, max_seq_len):
     """What of each row fits into max_seq_len tokens, for all rows at once.
 
-    Returns a dict of arrays [rows]: kept (bool), begin and end (turns from the first kept one to behind the last), system (turn
-    number put in front, -1: none), cut (tokens of turn `begin` left out behind its header), length (tokens); and "report".
+    Returns a dict of arrays [rows]: kept (bool), begin and end (turns from the first kept one to behind the last),
+    system (turn number put in front, -1: none), cut (tokens of turn `begin` left out behind its header), length
+    (tokens); and "report".
     """
     turn_ends, roles, end = np.asarray(cache.turn_ends), np.asarray(cache.turn_roles), np.asarray(cache.row_ends)
     turn_starts = np.concatenate([[0], turn_ends[:-1]])
@@ -175,7 +184,7 @@ def _fit_conversations(cache, max_seq_len):
     token_end = turn_ends[end - 1]
 
     def first_fitting(starts, room, lowest):
-        """For each row the first turn among `starts` from which on the row is at most `room` tokens; `end` or more: none."""
+        """For each row the first turn among `starts` from where it has at most `room` tokens; none: `end` or more."""
         turn = np.maximum(np.searchsorted(turn_starts, token_end - room), lowest)
         return np.append(starts, len(roles))[np.searchsorted(starts, turn)]
 
@@ -189,7 +198,9 @@ def _fit_conversations(cache, max_seq_len):
     answer = answer_starts[np.searchsorted(answer_starts, end) - 1]
     question = np.maximum(answer - 1, last_exchange)
     tight = begin >= end
-    begin = np.where(tight, np.clip(np.searchsorted(turn_starts, token_end - max_seq_len), last_exchange, question), begin)
+    begin = np.where(
+        tight, np.clip(np.searchsorted(turn_starts, token_end - max_seq_len), last_exchange, question), begin
+    )
     length = token_end - turn_starts[begin] + np.where(system >= 0, system_length, 0)
     cut = np.maximum(length - max_seq_len, 0)
     content = turn_ends[begin] - turn_starts[begin] - cache.header_lengths[roles[begin]] - cache.tail_length - 1
@@ -197,11 +208,13 @@ def _fit_conversations(cache, max_seq_len):
 
     report = cache.report.copy()
     if not kept.all():
-        report.drop(f"the answer leaves no room for the question within --max_seq_len {max_seq_len}", count=int((~kept).sum()))
+        report.drop(
+            f"the answer leaves no room for the question within --max_seq_len {max_seq_len}", count=int((~kept).sum())
+        )
     report.note("oldest turns left out of a long row", int((kept & (begin > body)).sum()))
     report.note("system turn left out of a long row", int((kept & has_system & (system < 0)).sum()))
     report.note("front of a long question cut", int((kept & (cut > 0)).sum()))
-    return {"kept": kept, "begin": begin, "end": end, "system": system, "cut": cut, "length": length - cut, "report": report}
+    return dict(kept=kept, begin=begin, end=end, system=system, cut=cut, length=length - cut, report=report)
 
 
 def _marks(indices, length):
@@ -222,11 +235,11 @@ def _batch(ids, labels, width):
 
 
 class ResumableSampler:
-    """The order of an epoch as a pure function of (seed, epoch): which rows form each batch, and how far the run has come.
+    """Which rows form each batch of an epoch, a pure function of (seed, epoch), and how far the run has come.
 
-    batch_size is per rank; a global micro-batch is batch_size * world_size consecutive rows of the epoch's order and each rank takes
-    its slice, so the order is the same at every world size with the same product. lengths: batches get rows of similar length.
-    The last micro-batch of an epoch is smaller, never lost. shuffle=False: file order.
+    batch_size is per rank; a global micro-batch is batch_size * world_size consecutive rows of the epoch's order and
+    each rank takes its slice, so the order is the same at every world size with the same product. lengths: batches
+    get rows of similar length. The last micro-batch of an epoch is smaller, never lost. shuffle=False: file order.
     """
 
     def __init__(self, num_rows, batch_size, seed=0, rank=0, world_size=1, lengths=None, shuffle=True):
@@ -240,8 +253,9 @@ class ResumableSampler:
         return -(-self.num_rows // self.rows_per_step)
 
     def order(self, epoch):
-        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into groups, and
-        the groups come in random order (an incomplete one last, so that batches and groups stay aligned)."""
+        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into
+        groups, and the groups come in random order (an incomplete one last, so that batches and groups stay
+        aligned)."""
         order = np.arange(self.num_rows)
         if not self.shuffle:
             return order
@@ -255,7 +269,7 @@ class ResumableSampler:
         return order
 
     def batches(self):
-        """This rank's row numbers for each micro-batch from the current position to the end of the epoch, without moving it.
+        """This rank's row numbers for each micro-batch from the current position to the end; does not move it.
 
         Where the last one has fewer rows than ranks, some ranks get an empty array."""
         order = self.order(self.epoch)
@@ -286,7 +300,7 @@ class ResumableSampler:
 
 
 class _Fetch:
-    """What DataLoader indexes: row numbers -> batch. An empty slice becomes a row without targets: the rank keeps step."""
+    """What DataLoader indexes: row numbers -> batch. No rows become one without targets: the rank keeps step."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -302,8 +316,9 @@ class _Fetch:
 class BatchLoader:
     """Iterates over the batches of this rank; position counts what was handed out, not what workers prefetched.
 
-    `for batch in loader` yields the rest of the current epoch; iterate again for the next one. len(loader): micro-batches per epoch.
-    num_workers processes prepare batches ahead; pin_memory: batches lie where a GPU can fetch them in the background.
+    `for batch in loader` yields the rest of the current epoch; iterate again for the next one. len(loader):
+    micro-batches per epoch. num_workers processes prepare batches ahead; pin_memory: batches lie where a GPU can
+    fetch them in the background.
     """
 
     def __init__(self, dataset, sampler, num_workers=0, pin_memory=False):
@@ -340,7 +355,7 @@ class BatchLoader:
 
 
 def token_byte_lengths(tokenizer):
-    """LongTensor [V]: bytes each token stands for (0 for special tokens): bits per byte = nats / ln 2 / table[targets].sum()."""
+    """LongTensor [V]: bytes of each token, 0 for special ones; bits per byte = nats / ln 2 / table[targets].sum()."""
     return torch.tensor([len(piece) for piece in token_bytes(tokenizer)])
 
 

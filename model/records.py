@@ -1,4 +1,4 @@
-"""Rows in: .csv and .jsonl (also .gz, .xz, .zst) read as a stream; bad rows are counted and named, never fatal, never silent."""
+"""Rows in: .csv and .jsonl (also .gz, .xz, .zst) as a stream; bad rows are counted and named, never fatal or silent."""
 
 import collections
 import csv
@@ -21,7 +21,8 @@ class RowReport:
     """What reading a file kept and left out.
 
     Attributes: rows (all rows met), kept, bytes_read (decompressed), place ("file:line" of the row handed out last),
-    dropped (Counter: reason -> rows left out), places (reason -> the first file:line), notes (Counter: what was changed in kept rows).
+    dropped (Counter: reason -> rows left out), places (reason -> the first file:line), notes (Counter: what was
+    changed in kept rows).
     """
 
     def __init__(self):
@@ -55,7 +56,7 @@ class RowReport:
 
     def to_dict(self):
         """Plain JSON values, so that a token cache can repeat what was left out when it was built."""
-        return {"rows": self.rows, "bytes_read": self.bytes_read, "dropped": self.dropped, "notes": self.notes, "places": self.places}
+        return {name: getattr(self, name) for name in ("rows", "bytes_read", "dropped", "notes", "places")}
 
     def copy(self):
         """An independent report with the same counts."""
@@ -74,11 +75,13 @@ class RowReport:
 def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     """Stream the rows of a .csv or .jsonl file as dicts {column: str}.
 
-    columns: names every row must have; others are ignored. json_columns hold JSON (a text cell in .csv, any value in .jsonl;
-    an empty cell is None) and come out parsed. alternative: a column that may stand in for all of `columns` (in SFT: "conversations").
-    Bad rows (not JSON, wrong number of fields, broken UTF-8, a value that isn't text) are counted in `report` with file:line
-    (the physical line on which the row begins) and skipped; without a report a summary goes to stderr at the end.
-    Raises UserError: no such file, empty file, unknown suffix, missing column (naming the columns found), no readable row at all.
+    columns: names every row must have; others are ignored. json_columns hold JSON (a text cell in .csv, any value in
+    .jsonl; an empty cell is None) and come out parsed. alternative: a column that may stand in for all of `columns`
+    (in SFT: "conversations").
+    Bad rows (not JSON, wrong number of fields, broken UTF-8, a value that isn't text) are
+    counted in `report` with file:line (the physical line on which the row begins) and skipped; without a report a
+    summary goes to stderr at the end. Raises UserError: no such file, empty file, unknown suffix, missing column
+    (naming the columns found), no readable row at all.
     """
     own_report = report is None
     report = RowReport() if own_report else report
@@ -102,7 +105,9 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         raise UserError(f"{path}: is empty, it has no rows")
     if not kept:
         found = f"; {record}" if isinstance(record, str) else ""
-        raise UserError(f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}")
+        raise UserError(
+            f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}"
+        )
     if own_report and report.dropped:
         print("\n".join(report.summary()), file=sys.stderr)
 
@@ -120,10 +125,11 @@ def _raw_lines(path, handle, report):
 
 
 class _CsvLines:
-    """Physical lines for csv.reader, which can be read again after a broken row, and marked where the csv module would stumble.
+    """Physical lines for csv.reader, to be read again after a broken row and marked where the csv module would stumble.
 
-    A carriage return outside quotes ends a row for csv.reader, yet csv.writer (before Python 3.13) leaves it unquoted when its line
-    end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates; `marked` says so.
+    A carriage return outside quotes ends a row for csv.reader, yet csv.writer (before Python 3.13) leaves it unquoted
+    when its line end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates;
+    `marked` says so.
     """
 
     def __init__(self, raw_lines):
@@ -162,7 +168,7 @@ class _CsvLines:
         return self.number + 1
 
     def read_again(self):
-        """Go back to the line behind the first one of this row: an unclosed quote must not swallow the rows behind it."""
+        """Go back to the second line of this row: an unclosed quote must not swallow the rows behind it."""
         self.again.extendleft(reversed(self.row[1:]))
         self.number -= len(self.row) - 1
         self.marked = True

@@ -1,7 +1,8 @@
-"""The token cache: a data file is tokenised once, on all cores, into memory-mapped arrays that every later start and rank shares.
+"""The token cache: a file is tokenised once, on all cores, into memory-mapped arrays for every later start and rank.
 
-A cache is a folder named <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file. The fingerprint covers the bytes
-of the data file, the tokenizer and the format, so a cache is either right or not found. The folder gets its name only when complete.
+A cache is a folder named <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file. The fingerprint
+covers the bytes of the data file, the tokenizer and the format, so a cache is either right or not found. The folder
+gets its name only when complete.
 """
 
 import collections
@@ -63,9 +64,9 @@ class PretrainEncoding:
 
 
 class SFTEncoding:
-    """Conversations -> tokens of all turns as render_conversation gives them, turn_ends (in tokens), turn_roles, row_ends (in turns).
+    """Conversations -> tokens as render_conversation gives, turn_ends (in tokens), turn_roles, row_ends (in turns).
 
-    Kept by turns, so that one cache serves every --max_seq_len and --last_turn_only. A turn is header, content, </s>, tail.
+    Kept by turns, each header, content, </s>, tail, so that one cache serves every --max_seq_len and --last_turn_only.
     """
 
     kind = "sft"
@@ -110,7 +111,7 @@ class SFTEncoding:
 
 
 def _turns(record):
-    """[(role number, content), ...] of a row up to its last answer; ValueError with the reason when there is nothing to learn."""
+    """[(role number, content), ...] of a row up to its last answer; ValueError when there is nothing to learn."""
     if "conversations" in record:
         messages = record["conversations"]
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -137,9 +138,10 @@ def _turns(record):
 
 
 class TokenCache:
-    """One cache folder: its arrays as attributes (tokens, document_ends or turn_ends, turn_roles, row_ends), memory-mapped on first use.
+    """One cache folder, its arrays (tokens, document_ends or turn_ends, turn_roles, row_ends) mapped on first use.
 
-    Also: report (RowReport of the tokenising), header_lengths ([roles] tokens before a turn's content), tail_length (tokens behind </s>).
+    Also: report (RowReport of the tokenising), header_lengths ([roles] tokens before a turn's content), tail_length
+    (tokens behind </s>).
     """
 
     def __init__(self, folder):
@@ -153,7 +155,7 @@ class TokenCache:
         arrays = self.__dict__.get("description", {}).get("arrays", {})
         if name not in arrays:
             raise AttributeError(name)
-        array = np.memmap(self.folder / f"{name}.bin", dtype=arrays[name]["dtype"], mode="r", shape=(arrays[name]["length"],))
+        array = np.memmap(self.folder / f"{name}.bin", dtype=arrays[name]["dtype"], mode="r")
         # A plain array over the same mapped pages: indexing a memmap object costs several times as much.
         setattr(self, name, np.asarray(array))
         return self.__dict__[name]
@@ -169,8 +171,8 @@ class TokenCache:
 def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     """The TokenCache of a data file, tokenised now if it is not there yet.
 
-    Any number of processes may call it at once: one works, the others wait for its lock, which the system frees when its holder dies.
-    Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
+    Any number of processes may call it at once: one works, the others wait for its lock, which the system frees when
+    its holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
     path = Path(path)
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
@@ -188,19 +190,21 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
         if error.errno not in FULL_DISK + NOT_WRITABLE:
             raise
         raise UserError(
-            f"{cache_dir}: cannot write the token cache ({error.strerror}); free some space or choose another folder with --cache_dir"
+            f"{cache_dir}: cannot write the token cache ({error.strerror}); "
+            "free some space or choose another folder with --cache_dir"
         ) from None
     return TokenCache(folder)
 
 
 def fingerprint(path, tokenizer, encoding):
     """Hex name of all that decides what a cache holds: the file's bytes and suffixes, the tokenizer, the format."""
-    deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, content_hash(path), tokenizer_hash(tokenizer)]
+    data = [path.suffixes, content_hash(path)]
+    deciding = [FORMAT_VERSION, encoding.kind, encoding.format, data, tokenizer_hash(tokenizer)]
     return hashlib.blake2b(json.dumps(deciding).encode(), digest_size=FINGERPRINT_DIGITS // 2).hexdigest()
 
 
 def content_hash(path):
-    """BLAKE2b over the BLAKE2b of each 64 MB piece of a file; hashing releases the interpreter, so pieces go to all cores."""
+    """BLAKE2b over the BLAKE2b of each 64 MB piece of a file; hashing releases the GIL, so all cores take part."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give the training rows with --data_path")
 
@@ -231,7 +235,7 @@ def _complete(folder):
 def _lock(directory):
     """Let one process at a time work in `directory`; gives whether that is certain.
 
-    The system frees the lock when its holder dies, so the file may stay. (A file, because NFS cannot lock a directory.)"""
+    The system frees the lock when its holder dies, so the file may stay. (NFS cannot lock the directory itself.)"""
     with open(directory / ".lock", "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -262,7 +266,10 @@ def _build(path, tokenizer, encoding, folder):
         report, lengths = _write_arrays(path, encoding, dtype, temporary)
         description = {"arrays": lengths, "report": report.to_dict()}
         if encoding.kind == "sft":
-            description |= {"header_lengths": [len(header) for header in encoding.headers], "tail_length": len(encoding.tails[0]) - 1}
+            description |= {
+                "header_lengths": [len(header) for header in encoding.headers],
+                "tail_length": len(encoding.tails[0]) - 1,
+            }
         (temporary / "cache.json").write_text(json.dumps(description, ensure_ascii=False, indent=1))
         after = os.stat(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -284,7 +291,9 @@ def _write_arrays(path, encoding, dtype, folder):
     report, arrays, totals, files = RowReport(), {}, collections.Counter(), {}
     total = os.path.getsize(path) if path.suffix in (".csv", ".jsonl") else None
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {path.name}", disable=None))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {path.name}", disable=None)
+        )
         for block in _encoded_blocks(encoding, encoding.items(path, report), dtype):
             for name, array in block.items():
                 if name not in files:
@@ -305,8 +314,8 @@ def _write_arrays(path, encoding, dtype, folder):
 
 
 def _encoded_blocks(encoding, items, dtype):
-    """Encode blocks of about BLOCK_CHARACTERS, in order. The encoder releases the interpreter: while one thread encodes on all
-    cores, another turns ids into arrays and this one reads on."""
+    """Encode blocks of about BLOCK_CHARACTERS, in order. The encoder releases the interpreter: while one thread
+    encodes on all cores, another turns ids into arrays and this one reads on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else the library warns of every fork that comes later
     waiting = collections.deque()
     with ThreadPoolExecutor(2) as pool:

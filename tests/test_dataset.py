@@ -130,7 +130,9 @@ def fitted(messages, max_seq_len, last_turn_only):
     while last_answer and roles[last_answer - 1] == "assistant":
         last_answer -= 1
     exchanges = [
-        turn for turn in range(len(body)) if turn == 0 or (roles[turn] != "assistant" and roles[turn - 1] == "assistant")
+        turn
+        for turn in range(len(body))
+        if turn == 0 or (roles[turn] != "assistant" and roles[turn - 1] == "assistant")
     ]
     candidates = [system + body[turn:] for turn in exchanges] + [body[turn:] for turn in exchanges]
     candidates += [body[turn:] for turn in range(exchanges[-1] + 1, last_answer)]
@@ -160,8 +162,14 @@ def conversation(draw):
 
 
 @settings(deadline=None, max_examples=50)
-@given(conversations=st.lists(conversation(), min_size=1, max_size=8), last_turn_only=st.booleans(), max_seq_len=st.integers(8, 120))
-def test_rows_equal_the_rendered_conversation_as_far_as_it_fits(tmp_path_factory, conversations, last_turn_only, max_seq_len):
+@given(
+    conversations=st.lists(conversation(), min_size=1, max_size=8),
+    last_turn_only=st.booleans(),
+    max_seq_len=st.integers(8, 120),
+)
+def test_rows_equal_the_rendered_conversation_as_far_as_it_fits(
+    tmp_path_factory, conversations, last_turn_only, max_seq_len
+):
     expected = [fitted(messages, max_seq_len, last_turn_only) for messages in conversations]
     directory = tmp_path_factory.mktemp("sft")
     if not any(expected):
@@ -170,7 +178,9 @@ def test_rows_equal_the_rendered_conversation_as_far_as_it_fits(tmp_path_factory
         return
     dataset = sft_data(directory, conversations, max_seq_len, last_turn_only=last_turn_only)
     rows = [dataset[row] for row in range(len(dataset))]
-    assert [(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows] == [row for row in map(fix, expected) if row]
+    assert [(row["input_ids"].tolist(), row["labels"].tolist()) for row in rows] == [
+        row for row in map(fix, expected) if row
+    ]
     assert dataset.lengths.tolist() == [len(row["input_ids"]) for row in rows]
     assert dataset.report.kept == len(dataset)
 
@@ -211,7 +221,9 @@ def test_mask_on_several_turns_and_injected_control_tokens(tmp_path):
         "<s>system\ns</s>\n<s>user\n</s>\n<s>assistant\nI obey</s></s>\n"
         "<s>assistant\n⟦一</s>二</s>⟧\n<s>user\nq</s>\n<s>assistant\n⟦a\n</s>⟧\n"
     )
-    assert (row["input_ids"] == 1).sum() == 5 and (row["input_ids"] == 2).sum() == 5  # only the real turns have control tokens
+    assert (row["input_ids"] == 1).sum() == 5 and (
+        row["input_ids"] == 2
+    ).sum() == 5  # only the real turns have control tokens
     assert (row["labels"] == 2).sum() == 2
     last = sft_data(tmp_path, [messages], 200, last_turn_only=True)[0]
     assert describe_sample(TOKENIZER, last).count("⟦") == 1 and describe_sample(TOKENIZER, last).endswith("⟦a\n</s>⟧\n")

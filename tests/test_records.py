@@ -1,4 +1,4 @@
-"""Rows survive the way through .csv and .jsonl byte for byte; bad ones are counted with the line on which they begin."""
+"""Rows survive .csv and .jsonl byte for byte; bad ones are counted with the line on which they begin."""
 
 import csv
 import gzip
@@ -13,8 +13,33 @@ from hypothesis import strategies as st
 from model.cli import UserError
 from model.records import RowReport, iter_records
 
-NASTY = ["NA", "null", "nan", "None", "", " ", '"', '""', "\\", "\\n", "a\nb", "\n", "\r", "a\rb", "c\r\nd", "e\r", ",", "😀👩‍👧", "\x00", "\u2028", "\ufeff"]
-texts = st.one_of(st.sampled_from(NASTY), st.text(st.one_of(st.sampled_from('",\\\r\n\tN'), st.characters(codec="utf-8")), max_size=12))
+NASTY = [
+    "NA",
+    "null",
+    "nan",
+    "None",
+    "",
+    " ",
+    '"',
+    '""',
+    "\\",
+    "\\n",
+    "a\nb",
+    "\n",
+    "\r",
+    "a\rb",
+    "c\r\nd",
+    "e\r",
+    ",",
+    "😀👩‍👧",
+    "\x00",
+    "\u2028",
+    "\ufeff",
+]
+texts = st.one_of(
+    st.sampled_from(NASTY),
+    st.text(st.one_of(st.sampled_from('",\\\r\n\tN'), st.characters(codec="utf-8")), max_size=12),
+)
 
 
 def write_csv(path, header, rows, **dialect):
@@ -29,9 +54,14 @@ def read(path, *arguments, **keywords):
 
 
 @settings(deadline=None, max_examples=150)
-@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=6), quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@given(
+    rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=6),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
 def test_csv_round_trip(tmp_path_factory, rows, quoting):
-    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", ["id", "text", "q"], [[0, *row] for row in rows], quoting=quoting)
+    path = write_csv(
+        tmp_path_factory.mktemp("csv") / "a.csv", ["id", "text", "q"], [[0, *row] for row in rows], quoting=quoting
+    )
     records, report = read(path, ("q", "text"))
     assert [(record["text"], record["q"]) for record in records] == rows
     assert not report.dropped and report.rows == len(rows)
@@ -48,7 +78,9 @@ def test_one_column_csv_round_trip(tmp_path_factory, values):
 @given(values=st.lists(texts, min_size=1, max_size=6), ascii_only=st.booleans())
 def test_jsonl_round_trip(tmp_path_factory, values, ascii_only):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": value}, ensure_ascii=ascii_only) + "\n" for value in values), newline="\n")
+    path.write_text(
+        "".join(json.dumps({"text": value}, ensure_ascii=ascii_only) + "\n" for value in values), newline="\n"
+    )
     assert [record["text"] for record in read(path, ("text",))[0]] == values
 
 
@@ -58,7 +90,9 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "x\r\ny"}, {"q": "2", "a": "z"}]
 
 
-@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(
+    "suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)]
+)
 def test_compressed(tmp_path, suffix, compress):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress('{"text": "雪"}\n'.encode()))
@@ -97,7 +131,16 @@ def test_bad_csv_rows_are_counted_where_they_begin(tmp_path):
 
 def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [b'{"text": "good"}', b"", b'{"text": "cut', b'{"text": "\xff"}', b"[1]", b'"text"', b'{"text": 3}', b'{"no": ""}']
+    lines = [
+        b'{"text": "good"}',
+        b"",
+        b'{"text": "cut',
+        b'{"text": "\xff"}',
+        b"[1]",
+        b'"text"',
+        b'{"text": 3}',
+        b'{"no": ""}',
+    ]
     lines += [b'{"text": null}', b'{"text": "\\ud83d"}', b'{"text": "\\uD83D\\uDE00"}', b"[" * 100_000]
     path.write_bytes(b"\n".join(lines))
     records, report = read(path, ("text",))
@@ -114,14 +157,19 @@ def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
 
 
 def test_json_columns_and_alternative(tmp_path):
-    path = write_csv(tmp_path / "a.csv", ["history", "q"], [['[["q", "a"]]', "1"], ["", "2"], ["[", "3"], ['["\\ud800"]', "4"]])
+    path = write_csv(
+        tmp_path / "a.csv", ["history", "q"], [['[["q", "a"]]', "1"], ["", "2"], ["[", "3"], ['["\\ud800"]', "4"]]
+    )
     records, report = read(path, ("history", "q"), json_columns=("history",))
     assert records == [{"history": [["q", "a"]], "q": "1"}, {"history": None, "q": "2"}]
     assert report.places["history: not JSON"] == [f"{path}:4"]
     assert "history: half a surrogate pair in the text" in report.dropped
     path = tmp_path / "b.jsonl"
     path.write_text('{"q": "1"}\n{"conversations": [], "q": 2}\n')
-    assert read(path, ("q",), json_columns=("conversations",), alternative="conversations")[0] == [{"q": "1"}, {"conversations": []}]
+    assert read(path, ("q",), json_columns=("conversations",), alternative="conversations")[0] == [
+        {"q": "1"},
+        {"conversations": []},
+    ]
 
 
 def test_without_a_report_bad_rows_go_to_stderr(tmp_path, capsys):

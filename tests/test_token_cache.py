@@ -1,4 +1,4 @@
-"""The token cache holds exactly the file's tokens, is found again only for the same bytes and tokenizer, and is never half."""
+"""The token cache holds the file's tokens, is found again only for the same bytes and tokenizer, is never half."""
 
 import errno
 import json
@@ -68,7 +68,9 @@ def test_large_vocabulary_takes_four_bytes(tmp_path):
         def __len__(self):
             return 70_000
 
-    tokenizer = Large(tokenizer_object=TOKENIZER.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = Large(
+        tokenizer_object=TOKENIZER.backend_tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
     assert open_token_cache(path, tokenizer, PretrainEncoding(tokenizer)).tokens.dtype == np.uint32
 
@@ -99,7 +101,9 @@ def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]])
     first = open_pretrain(path)
     monkeypatch.setattr("model.token_cache._build", lambda *arguments: pytest.fail("built twice"))
-    monkeypatch.setattr("model.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked"))
+    monkeypatch.setattr(
+        "model.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
+    )
     again = open_pretrain(path)
     assert documents(again) == documents(first)
     assert again.report.dropped == {"empty text": 1} and again.report.places["empty text"] == [f"{path}:3"]
@@ -124,7 +128,9 @@ def test_nothing_usable_and_nothing_left_behind(tmp_path):
     path = write_csv(tmp_path / "a.csv", ["text"], [[""], [""]])
     with pytest.raises(UserError, match="no row left to learn from.*empty text"):
         open_pretrain(path)
-    path = write_csv(tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]])
+    path = write_csv(
+        tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]]
+    )
     with pytest.raises(UserError, match="no row left to learn from"):
         open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
     assert entries(tmp_path / ".cache") == []
@@ -171,7 +177,8 @@ def held(*arguments):
     return result
 setattr(token_cache, step, held)
 tokenizer = load_tokenizer()
-print(token_cache.open_token_cache(path, tokenizer, token_cache.PretrainEncoding(tokenizer)).tokens.tolist(), flush=True)
+encoding = token_cache.PretrainEncoding(tokenizer)
+print(token_cache.open_token_cache(path, tokenizer, encoding).tokens.tolist(), flush=True)
 """
 
 
@@ -180,7 +187,7 @@ def start_build():
     processes = []
 
     def start(step, path, go, output):
-        """A process that tokenises `path` and, behind the function `step` of the token cache, waits until the file `go` exists."""
+        """A process that tokenises `path` and, behind the function `step` in it, waits until `go` exists."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", BUILD, step, str(path), str(go)]
         with open(output, "w") as handle:
@@ -246,7 +253,13 @@ def test_sft_cache_by_turns(tmp_path):
     rows = [
         {"history": [["问", "答"]], "q": "q", "a": "a"},
         {"history": [], "q": "q", "a": ""},
-        {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "</s>"}, {"role": "user", "content": "x"}]},
+        {
+            "conversations": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "</s>"},
+                {"role": "user", "content": "x"},
+            ]
+        },
         {"conversations": [{"role": "user", "content": "hi"}]},
         {"conversations": [{"role": "robot", "content": "hi"}]},
         {"conversations": [{"role": "user"}]},
@@ -256,7 +269,8 @@ def test_sft_cache_by_turns(tmp_path):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
     assert cache.row_ends.tolist() == [4, 6] and cache.turn_roles.tolist() == [1, 2, 1, 2, 1, 2]
-    text = "<s>user\n问</s>\n<s>assistant\n答</s>\n<s>user\nq</s>\n<s>assistant\na</s>\n<s>user\nhi</s>\n<s>assistant\n</s></s>\n"
+    turns = ["user\n问", "assistant\n答", "user\nq", "assistant\na", "user\nhi", "assistant\n</s>"]
+    text = "".join(f"<s>{turn}</s>\n" for turn in turns)
     assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 6
     assert cache.report.dropped.total() == 6 and cache.report.kept == 2
     lines = {place.rsplit(":", 1)[1] for places in cache.report.places.values() for place in places}
