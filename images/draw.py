@@ -1,0 +1,177 @@
+"""The pictures of README.md: the structure of a preset, drawn from its configuration, and loss curves, drawn from logs.
+
+    python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
+    python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
+    python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.cli import UserError, run_main  # noqa: E402
+from model.files import atomic_write  # noqa: E402
+
+NORM, MIX, FEED, ROUTE, EDGE = "#fde9c9", "#cfe3f7", "#d5efd3", "#f3d3e2", "#444444"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = commands.add_parser("model", help="structure of a preset")
+    model.add_argument("--preset", default="minimind-v1-small")
+    curves = commands.add_parser("curves", help="training and validation loss of one or more runs")
+    curves.add_argument("--logs", nargs="+", required=True, help="files of out/logs, left to right")
+    for command in (model, curves):
+        command.add_argument("--output", required=True, help="the .png to write")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figure = draw_model(args.preset) if args.command == "model" else draw_curves(args.logs)
+    with atomic_write(args.output) as handle:
+        figure.savefig(handle, format="png", dpi=110, bbox_inches="tight")
+    print(f"{args.output} is written")
+
+
+def box(axes, center, width, text, color):
+    """A rounded box around (x, y) of `center`, 0.62 high."""
+    from matplotlib.patches import FancyBboxPatch
+
+    x, y = center[0] - width / 2, center[1] - 0.31
+    axes.add_patch(FancyBboxPatch((x, y), width, 0.62, boxstyle="round,pad=0.06", facecolor=color, edgecolor=EDGE))
+    axes.text(*center, text, ha="center", va="center", fontsize=9)
+
+
+def arrow(axes, *points):
+    """A line through `points` with a head at the last one."""
+    for (x0, y0), (x1, y1) in zip(points[:-2], points[1:-1]):
+        axes.plot([x0, x1], [y0, y1], color=EDGE, linewidth=1.1)
+    axes.annotate("", points[-1], points[-2], arrowprops=dict(arrowstyle="-|>", color=EDGE, linewidth=1.1))
+
+
+def draw_model(preset):
+    """One transformer block inside the whole model; every number comes from the preset's configuration."""
+    import matplotlib.pyplot as pyplot
+    import torch
+
+    from model.LMConfig import preset_config
+    from model.model import Transformer
+
+    try:
+        config = preset_config(preset)
+    except ValueError as error:
+        raise UserError(f"--preset: {error}", exit_code=2) from None
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
+    figure, axes = pyplot.subplots(figsize=(9.5, 10.5))
+    axes.set(xlim=(-4.6, 5.4), ylim=(-0.8, 12.2))
+    axes.axis("off")
+    axes.set_title(f"{preset}: {parameters:,} parameters", fontsize=13)
+
+    box(axes, (0, 0), 4.4, f"token embedding   {config.vocab_size:,} x {config.dim}", MIX)
+    axes.text(0, -0.7, "token ids [B, T]", ha="center", fontsize=9)
+    draw_block(axes, config)
+    box(axes, (0, 10.1), 4.4, "RMSNorm", NORM)
+    box(axes, (0, 11.2), 4.4, f"output   {config.dim} x {config.vocab_size:,}  (= embedding, tied)", MIX)
+    arrow(axes, (0, 0.37), (0, 1.43))
+    arrow(axes, (0, 9.1), (0, 9.73))
+    arrow(axes, (0, 10.47), (0, 10.83))
+    axes.text(0, 11.85, f"logits [B, T, {config.vocab_size:,}]", ha="center", fontsize=9)
+    return figure
+
+
+def draw_block(axes, config):
+    """Attention and feed-forward with their residual connections, in a frame that says how often the block is repeated."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((-4.4, 0.85), 9.6, 7.95, fill=False, edgecolor=EDGE, linestyle="--"))
+    axes.text(-4.2, 8.4, f"x {config.n_layers} layers", fontsize=11)
+    width, half = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    box(axes, (0, 1.8), 4.4, "RMSNorm", NORM)
+    box(axes, (-2.1, 2.9), 1.9, f"wq  {config.dim}x{width}", MIX)
+    box(axes, (0, 2.9), 1.9, f"wk  {config.dim}x{half}", MIX)
+    box(axes, (2.1, 2.9), 1.9, f"wv  {config.dim}x{half}", MIX)
+    heads = f"{config.n_heads} query heads share {config.n_kv_heads} key/value heads of {config.head_dim}"
+    box(axes, (0, 3.95), 6.3, f"rotary embedding on q, k; causal attention\n{heads}", MIX)
+    box(axes, (0, 4.85), 4.4, f"wo  {width}x{config.dim}", MIX)
+    for x in (-2.1, 0, 2.1):
+        arrow(axes, (0, 2.17), (x, 2.53))
+        arrow(axes, (x, 3.27), (x, 3.58))
+    arrow(axes, (0, 4.32), (0, 4.48))
+    arrow(axes, (0, 1.1), (-4.1, 1.1), (-4.1, 5.5), (-0.2, 5.5))
+    axes.text(0, 5.5, "+", ha="center", va="center", fontsize=15)
+    arrow(axes, (0, 5.22), (0, 5.4))
+    box(axes, (0, 6.15), 4.4, "RMSNorm", NORM)
+    arrow(axes, (0, 5.6), (0, 5.78))
+    arrow(axes, (0, 5.65), (-4.1, 5.65), (-4.1, 8.75), (-0.2, 8.75))
+    axes.text(0, 8.75, "+", ha="center", va="center", fontsize=15)
+    (draw_experts if config.use_moe else draw_feed_forward)(axes, config)
+    axes.plot([0, 0], [8.85, 9.1], color=EDGE, linewidth=1.1)
+
+
+def draw_feed_forward(axes, config):
+    box(axes, (-1.3, 7.1), 2.4, f"w1  {config.dim}x{config.hidden_dim}, SiLU", FEED)
+    box(axes, (1.3, 7.1), 2.4, f"w3  {config.dim}x{config.hidden_dim}", FEED)
+    box(axes, (0, 8.0), 4.4, f"product, w2  {config.hidden_dim}x{config.dim}   (SwiGLU)", FEED)
+    for x in (-1.3, 1.3):
+        arrow(axes, (0, 6.52), (x, 6.73))
+        arrow(axes, (x, 7.47), (x * 0.6, 7.63))
+    arrow(axes, (0, 8.37), (0, 8.62))
+
+
+def draw_experts(axes, config):
+    """The gate and its experts side by side; the shared ones, which see every token, at the right."""
+    gate = f"gate: softmax over {config.n_routed_experts}, top {config.num_experts_per_tok}, renormalised"
+    box(axes, (-1.2, 7.0), 4.4, gate, ROUTE)
+    arrow(axes, (0, 6.52), (-0.6, 6.63))
+    count = config.n_routed_experts
+    for index in range(count):
+        x = -3.2 + 4.0 * index / max(count - 1, 1)
+        box(axes, (x, 7.95), 4.0 / count - 0.05, f"expert {index}", FEED)
+        arrow(axes, (-1.2, 7.37), (x, 7.58))
+        arrow(axes, (x, 8.32), (-0.15, 8.68))
+    if config.n_shared_experts:
+        width = config.hidden_dim * config.n_shared_experts
+        box(axes, (3.3, 7.5), 2.9, f"{config.n_shared_experts} shared: SwiGLU\n{config.dim}-{width}-{config.dim}", FEED)
+        arrow(axes, (0, 6.52), (3.3, 7.13))
+        arrow(axes, (3.3, 7.87), (0.15, 8.68))
+    axes.text(3.3, 6.75, f"an expert: {config.dim}-{config.hidden_dim}-{config.dim}", ha="center", fontsize=8)
+
+
+def draw_curves(logs):
+    """One panel per log: training loss of every report, validation loss as dots with their bits per byte."""
+    import matplotlib.pyplot as pyplot
+
+    figure, panels = pyplot.subplots(1, len(logs), figsize=(5.2 * len(logs), 3.8), squeeze=False)
+    for axes, path in zip(panels[0], logs):
+        try:
+            records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a training log ({error})") from None
+        training = [(record["step"], record["loss"]) for record in records if "loss" in record]
+        held_out = [record for record in records if "validation_loss" in record]
+        if not training:
+            raise UserError(f"{path}: no step in it yet")
+        axes.plot(*zip(*training), linewidth=1, label="training")
+        axes.plot([r["step"] for r in held_out], [r["validation_loss"] for r in held_out], "o-", label="held out")
+        for record in held_out[:1] + held_out[-1:]:
+            text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
+            place = (record["step"], record["validation_loss"])
+            axes.annotate(text, place, textcoords="offset points", xytext=(-20 if record["step"] else 8, 12), fontsize=8)
+        axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel="loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.tight_layout()
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main)
