@@ -71,7 +71,6 @@ def main():
     result = {
         "facts_heldout_accuracy": round(final["facts"], 4),
         "multi_turn_accuracy": round(final["multi_turn"], 4),
-        "arithmetic_heldout_accuracy": round(final["arithmetic"], 4),
         "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
         "seconds_train": round(sum(seconds.values()), 1),
         "seconds_total": round(time.time() - started, 1),
