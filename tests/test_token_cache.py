@@ -36,7 +36,7 @@ def documents(cache):
     return [piece.tolist() for piece in np.split(np.asarray(cache.tokens), cache.document_ends[:-1])]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(values=st.lists(texts.filter(bool), min_size=1, max_size=5))
 def test_round_trip(tmp_path_factory, values):
     path = write_csv(tmp_path_factory.mktemp("cache") / "a.csv", ["text"], [[value] for value in values])
