@@ -20,6 +20,7 @@ from model.corpus import process_corpus
 from model.corpus_rows import ConversationRules, PreferenceRules, PretrainRules
 from model.files import atomic_write, expand_paths
 
+MOST_WORKERS = 4  # unless asked for: more wait for the one process that writes, and each needs 50 MB
 OUTPUTS = {
     "pretrain": ("pretrain_data.csv",),
     "sft": ("sft_data_single.csv", "sft_data.csv"),
@@ -56,8 +57,9 @@ def build_parser():
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--output_dir", default="dataset", help="folder of the results (default: dataset)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared.add_argument("--workers", type=number(int, 1), default=cores, help="processes; the output does not depend on "
-                        "their number (default: all cores; small inputs use one)")  # fmt: skip
+    shared.add_argument("--workers", type=number(int, 1), default=min(cores, MOST_WORKERS),
+                        help=f"processes; the output does not depend on their number (default: all cores, at most "
+                        f"{MOST_WORKERS}; small inputs use one)")  # fmt: skip
     shared.add_argument("--report", help="also write the final table as JSON to this file")
     demo = commands.add_parser("demo", parents=[shared], help="build all data of the small built-in world")
     demo.add_argument("--seed", type=int, default=0)
@@ -95,10 +97,10 @@ def add_corpus_flags(parser, rules):
 
 def rules_from(arguments):
     limits = {name: getattr(arguments, name) for name in ("min_chars", "max_chars", "min_chinese")}
-    if arguments.max_chars and arguments.min_chars > arguments.max_chars:
-        raise UserError("--min_chars is larger than --max_chars; nothing could be kept", exit_code=2)
     if arguments.command == "pretrain":
         return PretrainRules(**limits)
+    if 0 < arguments.max_chars < arguments.min_chars:
+        raise UserError("--min_chars is larger than --max_chars; nothing could be kept", exit_code=2)
     if arguments.command == "sft":
         return ConversationRules(**limits, language=arguments.language)
     return PreferenceRules(**limits)
@@ -115,10 +117,11 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as on Ctrl-C: no temporary files, one line
     if arguments.command == "demo":
         return build_demo(arguments)
+    rules = rules_from(arguments)
     report = process_corpus(
         expand_paths(arguments.data_path),
         output_paths(arguments),
-        rules_from(arguments),
+        rules,
         dedup=not arguments.no_dedup,
         near_threshold=arguments.near_dedup_threshold if arguments.near_dedup else None,
         workers=arguments.workers,

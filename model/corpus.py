@@ -41,7 +41,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Block(NamedTuple):
     """Some whole rows of one file. `spans` (start, end, line) of the rows in `data`, or None: one row a line.
 
-    `problems` are (line, kind, excerpt) of rows that the reader itself had to give up on.
+    `problems` are (line, kind, excerpt) of rows that the reader itself had to give up on. `offset` is where `data` begins
+    in an uncompressed file, else None.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Block(NamedTuple):
     data: bytes
     spans: list | None = None
     problems: tuple = ()
+    offset: int | None = None
 
 
 def read_blocks(path, on_progress=lambda count: None):
@@ -62,7 +64,7 @@ def read_blocks(path, on_progress=lambda count: None):
         position = 0
         try:
             for block in parse_blocks(str(path), handle):
-                yield block
+                yield block if handle is raw else block._replace(offset=None)
                 if raw:  # a pipe has no position
                     on_progress(raw.tell() - position)
                     position = raw.tell()
@@ -73,11 +75,11 @@ def read_blocks(path, on_progress=lambda count: None):
 
 
 def parse_blocks(path, handle):
-    head = handle.read(BLOCK_BYTES)
-    head = head.removeprefix(BYTE_ORDER_MARK)
+    start = handle.read(BLOCK_BYTES)
+    head = start.removeprefix(BYTE_ORDER_MARK)
     if head.lstrip()[:1] == b"[" and not is_line_of_lists(head):
         return list_blocks(path, handle, head)
-    return line_blocks(path, handle, head)
+    return line_blocks(path, handle, head, len(start) - len(head))
 
 
 def is_line_of_lists(head):
@@ -89,16 +91,17 @@ def is_line_of_lists(head):
         return False
 
 
-def line_blocks(path, handle, chunk):
+def line_blocks(path, handle, chunk, position):
+    """Blocks of whole lines; `position` is where `chunk` begins in what `handle` reads."""
     pending, pending_bytes, line, skipping = [], 0, 1, False
     while chunk:
         cut = chunk.rfind(b"\n") + 1
         if skipping and cut:  # the end of the overlong line
             start = chunk.index(b"\n") + 1
-            chunk, cut, line, skipping = chunk[start:], cut - start, line + 1, False
+            chunk, position, cut, line, skipping = chunk[start:], position + start, cut - start, line + 1, False
         if cut:
             data = b"".join([*pending, chunk[:cut]])
-            yield Block(path, line, data)
+            yield Block(path, line, data, offset=position - pending_bytes)
             line += data.count(b"\n")
             pending, pending_bytes = [], 0
         if not skipping:
@@ -107,9 +110,10 @@ def line_blocks(path, handle, chunk):
         if pending_bytes > LONGEST_LINE_BYTES:
             yield Block(path, line, b"", problems=((line, too_long(), excerpt(pending[0])),))
             pending, pending_bytes, skipping = [], 0, True
+        position += len(chunk)
         chunk = handle.read(BLOCK_BYTES)
     if pending_bytes:
-        yield Block(path, line, b"".join(pending))
+        yield Block(path, line, b"".join(pending), offset=position - pending_bytes)
 
 
 def too_long():
@@ -147,8 +151,9 @@ def list_blocks(path, handle, buffer):
             return
         buffer += chunk
     if not finished:
-        line += len(buffer[: len(buffer) - len(buffer.lstrip())].split(b"\n")) - 1
-        yield Block(path, line, b"", problems=((line, "the list breaks off here", excerpt(buffer.strip())),))
+        rest = buffer.lstrip(b", \t\r\n")
+        line += buffer.count(b"\n", 0, len(buffer) - len(rest))
+        yield Block(path, line, b"", problems=((line, "the list breaks off here", excerpt(rest)),))
 
 
 def scan_items(buffer, line):
@@ -168,9 +173,10 @@ def scan_items(buffer, line):
                 continue
             stop = begin if depth == 0 else token.start()
             between = buffer[end:stop].strip(b", \t\r\n")
-            line, counted = line + buffer.count(b"\n", counted, stop), stop
             if between:
-                problems.append((line, "not a JSON object", excerpt(between)))
+                place = line + buffer.count(b"\n", counted, buffer.index(between, end))
+                problems.append((place, "not a JSON object", excerpt(between)))
+            line, counted = line + buffer.count(b"\n", counted, stop), stop
             end = token.end()
             if depth < 0:
                 return spans, problems, end, True
@@ -234,19 +240,20 @@ def convert_block(block, rules, dedup, near_bands):
 
 
 def drop_foreign(rows, least, dropped):
-    """The rows with at least the share `least` of Chinese.
+    """The rows with at least the share `least` of Chinese; their texts are not empty.
 
     A Chinese character has three bytes, any other at least one: where the share is high enough even if every other byte
-    were a letter, as in nearly all Chinese text, one NumPy pass over the block settles it.
+    were a letter, as in nearly all Chinese text, a few NumPy passes over the whole block settle it.
     """
+    if not rows:
+        return rows
     texts = [row.text for row in rows]
+    lengths = np.array([len(text) for text in texts])
+    starts = np.cumsum(lengths) - lengths
     chinese = np.frombuffer(b"".join(texts), dtype=np.uint8) - np.uint8(0xE4) < 6
-    kept, start = [], 0
-    for row, text in zip(rows, texts):
-        count = np.count_nonzero(chinese[start : start + len(text)])
-        start += len(text)
-        if count and count >= least * (len(text) - 2 * count) or chinese_share(text) >= least:
-            kept.append(row)
+    counts = np.add.reduceat(chinese, starts, dtype=np.int32)
+    sure = (counts > 0) & (counts >= least * (lengths - 2 * counts))
+    kept = [row for row, enough in zip(rows, sure.tolist()) if enough or chinese_share(row.text) >= least]
     dropped["min_chinese"] += len(rows) - len(kept)
     return kept
 
@@ -431,8 +438,8 @@ def convert_all(blocks, rules, dedup, near_bands, workers):
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for block in blocks:
-                waiting.append(pool.submit(convert_block, block, rules, dedup, near_bands))
-                if len(waiting) > 2 * workers:  # bounds memory: the reader waits for the slowest block
+                waiting.append(submit(pool, block, rules, dedup, near_bands))
+                if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest block
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -440,6 +447,19 @@ def convert_all(blocks, rules, dedup, near_bands, workers):
             raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def submit(pool, block, *options):
+    """Have a worker convert `block`; what it can read from the file itself need not go through a pipe."""
+    if block.offset is None:
+        return pool.submit(convert_block, block, *options)
+    return pool.submit(read_and_convert, block._replace(data=b""), len(block.data), *options)
+
+
+def read_and_convert(block, size, *options):
+    with open(block.path, "rb", buffering=0) as handle:
+        handle.seek(block.offset)
+        return convert_block(block._replace(data=handle.read(size)), *options)
 
 
 def start_worker(parent):

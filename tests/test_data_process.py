@@ -1,0 +1,202 @@
+"""data_process.py as its user meets it: the files it leaves, the table, the one line it says when something is wrong."""
+
+import csv
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_one_line_error, run_script
+
+TEXTS = [f"第{number}篇：天地玄黄，宇宙洪荒。" for number in range(200)]
+CONVERSATIONS = [
+    {"id": 1, "instruction": "", "input": "你是谁", "output": "我是小助手。", "history": [], "language": "Chinese"},
+    {"id": 2, "instruction": "翻译成白话", "input": "天地玄黄", "output": "天是黑的，地是黄的。", "history": [["你好", "你好！"]]},
+    {"id": 3, "instruction": "Hello", "input": "", "output": "Hi", "history": [], "language": "English"},
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+@pytest.fixture(scope="module")
+def large_file(tmp_path_factory):
+    """60 MB: long enough to be interrupted."""
+    path = tmp_path_factory.mktemp("large") / "large.jsonl"
+    line = json.dumps({"text": "天地玄黄，宇宙洪荒。" * 100}, ensure_ascii=False) + "\n"
+    path.write_text(line * 20_000, encoding="utf-8")
+    return path
+
+
+def test_pretrain_reads_globs_and_compressed_files_and_reports(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS[:100]])
+    half = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[100:])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((half + "broken\n" + '{"text": "short"}\n').encode()))
+    process = run_script("data_process.py", "pretrain", "--data_path", tmp_path / "*.jsonl*", "--output_dir", tmp_path / "out",
+                         "--report", tmp_path / "report.json")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert [row["text"] for row in rows_of(tmp_path / "out/pretrain_data.csv")] == TEXTS
+    for part in ("rows read", "202", "bad lines", f"invalid JSON, first at {tmp_path}/b.jsonl.gz:101", "min_chinese", "MB/s", "peak memory"):
+        assert part in process.stdout
+    report = json.loads((tmp_path / "report.json").read_text())["pretrain"]
+    assert (report["rows_read"], report["documents_kept"], report["bad_lines"], report["dropped"]) == (202, 200, 1, {"min_chinese": 1})
+    assert report["bad_lines_file"] == str(tmp_path / "out/pretrain_data.bad_lines.txt")
+
+
+def test_sft_goes_to_two_files_and_language_is_a_flag(tmp_path):
+    source = write_jsonl(tmp_path / "raw.jsonl", CONVERSATIONS)
+    process = run_script("data_process.py", "sft", "--data_path", source, "--output_dir", tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert rows_of(tmp_path / "sft_data_single.csv") == [{"history": "[]", "q": "你是谁", "a": "我是小助手。"}]
+    (multi,) = rows_of(tmp_path / "sft_data.csv")
+    assert (json.loads(multi["history"]), multi["q"]) == ([["你好", "你好！"]], "翻译成白话\n天地玄黄")
+    process = run_script("data_process.py", "sft", "--data_path", source, "--output_single", tmp_path / "single.csv", "--output_multi",
+                         tmp_path / "multi.csv", "--language", "any", "--min_chinese", "0")  # fmt: skip
+    assert [row["q"] for row in rows_of(tmp_path / "single.csv")] == ["你是谁", "Hello"], process.stderr
+
+
+def test_sft_without_conversations_says_that_the_second_file_has_no_rows(tmp_path):
+    source = write_jsonl(tmp_path / "raw.jsonl", CONVERSATIONS[:1])
+    process = run_script("data_process.py", "sft", "--data_path", source, "--output_dir", tmp_path)
+    assert process.returncode == 0 and f"warning: no row is for {tmp_path}/sft_data.csv" in process.stdout
+    assert (tmp_path / "sft_data.csv").read_text() == "history,q,a\n"
+
+
+def test_dpo(tmp_path):
+    pairs = [{"prompt": "你是谁？", "chosen": "我是小助手。", "rejected": "不知道。"}, {"prompt": "你好", "chosen": "好", "rejected": "好"}]
+    (tmp_path / "raw.json").write_text(json.dumps(pairs))
+    process = run_script("data_process.py", "dpo", "--data_path", tmp_path / "raw.json", "--output_dir", tmp_path)
+    assert process.returncode == 0 and "same_answers" in process.stdout, process.stderr
+    assert json.loads((tmp_path / "dpo/train_data.json").read_text()) == pairs[:1]
+
+
+def test_flags_decide_what_is_kept(tmp_path):
+    source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in ("天地玄黄，宇宙洪荒。" * 3, "天地", "天地", "heaven and earth")])
+    process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--min_chars", 2,
+                         "--max_chars", 10, "--min_chinese", 0, "--no_dedup")  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。"] * 3 + ["天地"] * 2 + ["heaven ", "and earth"]
+    process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--near_dedup", "--min_chars", 2)
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。" * 3, "天地"], process.stderr
+
+
+def test_demo_builds_the_files_of_every_stage(tmp_path):
+    process = run_script("data_process.py", "demo", "--output_dir", tmp_path)
+    assert process.returncode == 0, process.stderr
+    names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")}
+    assert {"pretrain_data.csv", "sft_data_single.csv", "sft_data.csv", "dpo/train_data.json", "heldout/facts.jsonl"} <= names
+    assert any(name.startswith("ceval-exam/val/") for name in names) and any(name.startswith("ceval-exam/dev/") for name in names)
+    assert "bad lines" not in process.stdout and "dropped: min" not in process.stdout
+    assert (tmp_path / "pretrain_data.csv").stat().st_size > 2_000_000
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def pretrain(tmp_path, *flags, **options):
+    return run_script("data_process.py", "pretrain", "--output", tmp_path / "out.csv", *flags, **options)
+
+
+def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path):
+    empty, english = tmp_path / "empty.jsonl", write_jsonl(tmp_path / "english.jsonl", [{"text": "heaven and earth"}] * 3)
+    empty.touch()
+    not_text = tmp_path / "binary.jsonl"
+    not_text.write_bytes("中文\n".encode("gbk") * 3)
+    assert_one_line_error(pretrain(tmp_path, "--data_path", tmp_path / "none.jsonl"), tmp_path / "none.jsonl", "no such file")
+    assert_one_line_error(pretrain(tmp_path, "--data_path", tmp_path), "is a directory")
+    assert_one_line_error(pretrain(tmp_path, "--data_path", empty), empty, "empty")
+    assert_one_line_error(pretrain(tmp_path, "--data_path", english), "none of the 3 rows", "--min_chinese")
+    assert_one_line_error(pretrain(tmp_path, "--data_path", not_text), "invalid UTF-8", f"{not_text}:1")
+    assert_one_line_error(run_script("data_process.py", "pretrain", "--data_path", english, "--output", english), "both input and output")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.jsonl", "empty.jsonl", "english.jsonl"]
+
+
+@pytest.mark.parametrize("flags", [[], ["pretrain"], ["other"], ["pretrain", "--data_path", "x", "--workers", "0"],
+                                   ["sft", "--data_path", "x", "--min_chinese", "2"],
+                                   ["dpo", "--data_path", "x", "--min_chars", "9", "--max_chars", "3"]])  # fmt: skip
+def test_wrong_usage_is_code_2(flags):
+    assert_one_line_error(run_script("data_process.py", *flags), code=2)
+
+
+def test_an_empty_file_among_others_is_named(tmp_path):
+    full = write_jsonl(tmp_path / "full.jsonl", [{"text": TEXTS[0]}])
+    (tmp_path / "empty.jsonl").touch()
+    process = pretrain(tmp_path, "--data_path", full, tmp_path / "empty.jsonl")
+    assert process.returncode == 0 and f"note: {tmp_path}/empty.jsonl has no rows" in process.stdout
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, large_file):
+    (tmp_path / "out.csv").write_text("text\nearlier\n")
+    process = pretrain(tmp_path, "--data_path", large_file, "--no_dedup",
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, 1 << 22)))  # fmt: skip
+    assert_one_line_error(process, tmp_path / "out.csv", "nothing was written")
+    assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+    assert (tmp_path / "out.csv").read_text() == "text\nearlier\n"
+
+
+def start(tmp_path, large_file):
+    """A run with workers that has written part of its result."""
+    command = [sys.executable, ROOT / "data_process.py", "pretrain", "--no_dedup", "--workers", "2", "--output", tmp_path / "out.csv",
+               "--data_path", large_file]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(2000):
+        if any(file.stat().st_size > 1 << 20 for file in tmp_path.glob("out.csv.tmp-*")):
+            return process
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    raise AssertionError("nothing was written in time")
+
+
+def members(group):
+    """Ids of the living processes of a process group."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and os.getpgid(int(entry)) == group and open(f"/proc/{entry}/stat").read().split()[2] != "Z":
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+def test_kill_leaves_no_result_and_no_process(tmp_path, large_file):
+    process = start(tmp_path, large_file)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (tmp_path / "out.csv").exists()
+    deadline = time.time() + 10
+    while members(process.pid) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not members(process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_leaves_nothing_and_says_so_in_one_line(tmp_path, large_file, number):
+    process = start(tmp_path, large_file)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C reaches the workers too
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.strip().splitlines() == ["error: interrupted"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_the_defaults_and_needs_no_torch():
+    process = run_script("data_process.py", "pretrain", "--help")
+    assert process.returncode == 0 and "default: 512" in process.stdout
+    code = "import sys; import data_process; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
