@@ -137,8 +137,10 @@ def build_demo(arguments):
     directory = Path(arguments.output_dir)
     raw = write_raw_files(directory / "raw", arguments.seed)
     write_heldout(directory, arguments.seed)
-    write_exam(directory / "ceval-exam", arguments.seed)
-    print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {directory / 'ceval-exam'}")
+    # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
+    exam = Path("ceval/ceval-exam" if arguments.output_dir == "dataset" else directory / "ceval-exam")
+    write_exam(exam, arguments.seed)
+    print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {exam}")
     sources = {
         "pretrain": ([raw["pretrain"]], PretrainRules()),
         "sft": ([raw["sft_single"], raw["sft_multi"]], ConversationRules()),
