@@ -23,7 +23,7 @@ STEPS = f"--eval_interval 1000 --save_interval 1000 --out_dir {OUT}"
 STAGES = {
     "pretrain": f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {MODEL} --learning_rate 3e-3 --epochs 1",
     "single": f"3-full_sft.py --data_path {DATA}/sft_data_single.csv {MODEL} --learning_rate 2e-3 --epochs 2",
-    "multi": f"3-full_sft.py --multi --data_path {DATA}/sft_data.csv {MODEL} --learning_rate 2e-3 --epochs 2",
+    "multi": f"3-full_sft.py --multi --data_path {DATA}/sft_data.csv {MODEL} --learning_rate 1.2e-3 --epochs 2",
 }
 BATCH = {"pretrain": "--batch_size 8 --max_seq_len 256", "single": "--batch_size 32", "multi": "--batch_size 16"}
 

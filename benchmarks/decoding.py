@@ -1,0 +1,104 @@
+"""Decoding speed: MiniMind's engine against a stock transformers Llama's generate(), same shape, greedy.
+
+    python benchmarks/decoding.py
+    python benchmarks/decoding.py --compile
+
+One request of 32 prompt tokens, then 16 requests together, in float32 and bfloat16. They take turns in one process, so
+that a busy machine disturbs them alike; the median counts. The last line is JSON: new tokens per second, and the ratios.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from model.cli import UserError, positive_int, run_main  # noqa: E402
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="minimind-v1-small", help="default: %(default)s")
+    parser.add_argument("--new_tokens", type=positive_int, default=128, help="per request (default: %(default)s)")
+    parser.add_argument("--requests", type=positive_int, default=16, help="of the batch (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="measurements of each (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="also time the engine with its compiled decoding step")
+    return parser.parse_args()
+
+
+def contenders(args, config, dtype, device):
+    """{name: function of a list of prompts that decodes --new_tokens for each} of one number format."""
+    import torch
+    from training import stock_llama
+
+    from model.generation import Engine, SamplingParameters
+    from model.model import Transformer
+
+    parameters = SamplingParameters(temperature=0.0, max_new_tokens=args.new_tokens, stop_token_ids=())
+    torch.manual_seed(0)
+    model = Transformer(config).to(device, dtype).eval()
+    stock = stock_llama(config).to(device, dtype).eval()
+
+    def generate(prompts):
+        ids = torch.tensor(prompts, device=device)
+        with torch.inference_mode():
+            stock.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    functions = {"stock": generate}
+    for name in ("minimind", "minimind compiled") if args.compile else ("minimind",):
+        engine = Engine(model, max_batch=args.requests, compile=name.endswith("compiled"))
+        functions[name] = lambda prompts, engine=engine: engine.generate(prompts, parameters)
+    return functions
+
+
+def median_rates(functions, prompts, new_tokens, repeats):
+    """New tokens per second of each function over `prompts`, taken in turns, after one turn that nobody counts."""
+    seconds = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function(prompts)
+            seconds[name] += [time.perf_counter() - began] if turn else []
+    return {name: len(prompts) * new_tokens / statistics.median(values) for name, values in seconds.items()}
+
+
+def main():
+    args = parse_arguments()
+    import torch
+
+    from model.distributed import select_device
+    from model.LMConfig import preset_config
+
+    device = select_device(args.device)
+    try:
+        config = preset_config(args.preset)
+    except ValueError as error:
+        raise UserError(f"--preset: {error}", exit_code=2) from None
+    prompts = torch.randint(3, config.vocab_size, (args.requests, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    rates, ratios = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        functions = contenders(args, config, dtype, device)
+        for count in (1, args.requests):
+            label = f"{str(dtype).removeprefix('torch.')}, {count} request{'s' if count > 1 else ''}"
+            measured = median_rates(functions, prompts[:count], args.new_tokens, args.repeats)
+            rates[label] = {name: round(rate, 1) for name, rate in measured.items()}
+            ratios[label] = {name: round(rate / measured["stock"], 3) for name, rate in measured.items() if name != "stock"}
+            print(f"{label:22s} " + "  ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in measured.items()))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps({"device": name, "tokens_per_second": rates, "ratio_to_stock": ratios}))
+
+
+if __name__ == "__main__":
+    run_main(main)
