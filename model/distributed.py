@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import shutil
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,13 @@ def select_dtype(flag, device):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--dtype bfloat16: {name} has no bfloat16 units; use --dtype float16")
     return DTYPES[flag]
+
+
+def check_compiler(device):
+    """Raise UserError when torch.compile could not work for `device` here."""
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile: needs a C++ compiler (apt install g++), found none; or leave the flag out")
 
 
 def autocast(device, dtype):

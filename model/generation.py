@@ -13,7 +13,7 @@ import torch
 
 from model.checkpoint import check_tokenizer, checkpoint_path, load_model, read_metadata, requested_config
 from model.cli import SHAPE_FLAGS, UserError, model_overrides
-from model.distributed import select_device, select_dtype
+from model.distributed import check_compiler, select_device, select_dtype
 from model.LMConfig import LMConfig
 from model.tokenizer import StreamDecoder, load_tokenizer, render_conversation
 
@@ -279,8 +279,11 @@ class Engine:
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache, self.sampler = None, None
-        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        self.compiled = torch.compile(self.model, mode=mode, dynamic=False) if compile else None
+        self.compiled = None
+        if compile:
+            check_compiler(model.device)
+            mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former: one CUDA graph a step
+            self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
     def add(self, prompt_ids, parameters=SamplingParameters()):
         """Queue a prompt (token ids) and return its Request.
@@ -396,6 +399,9 @@ class Engine:
         if self.cache is not None:
             larger.copy_rows(self.cache)
         self.cache = larger
+        if self.compiled is not None:  # a CUDA graph writes into these very tensors; others it would copy in every step
+            for storage in (*larger.keys, *larger.values):
+                torch._dynamo.mark_static_address(storage)
 
     @torch.inference_mode()
     def release(self, requests):

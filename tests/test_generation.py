@@ -253,6 +253,52 @@ def test_a_damaged_checkpoint_is_named_not_sampled():
     assert not engine.has_work
 
 
+def compiled_engine(monkeypatch, model, **arguments):
+    """An Engine that goes all the ways of a compiled one, the model's compiled branches included, without a compiler."""
+    monkeypatch.setattr("model.generation.check_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: model)
+    engine = Engine(model, compile=True, **arguments)
+    decode = engine.decode
+
+    def decode_as_compiled():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            return decode()
+
+    engine.decode = decode_as_compiled
+    return engine
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 16])
+def test_fixed_shapes_for_compiled_code_change_no_answer(any_model, monkeypatch, max_batch):
+    prompts = random_prompts(7)
+    expected = [greedy_without_cache(any_model, prompt, 12) for prompt in prompts]
+    requests = compiled_engine(monkeypatch, any_model, max_batch=max_batch).generate(prompts, GREEDY)
+    assert [request.token_ids for request in requests] == expected
+
+
+def test_compile_without_a_compiler_says_so(model, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match="--compile: needs a C"):
+        Engine(model, compile=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_one_row_product_is_the_product(monkeypatch, dtype, compiling):
+    from model.model import Linear
+
+    torch.manual_seed(0)
+    linear = Linear(48, 20).to(dtype)
+    x = torch.randn(1, 1, 48).to(dtype)
+    expected = (x.double() @ linear.weight.double().T)[0, 0]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(linear(x)[0, 0].double(), expected, atol=tolerance, rtol=tolerance)
+    assert linear(x).shape == (1, 1, 20) and linear(x[0, 0]).shape == (20,)
+
+
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
