@@ -10,7 +10,7 @@ writes  out/single_chat/full_sft_<dim>[_moe].pth or out/multi_chat/..., the same
     python 3-full_sft.py --multi                      # then talk to it: python 2-eval.py
     python 3-full_sft.py --multi --resume             # go on after Ctrl-C, kill -9 or a power cut
 
-The loss, over the answers alone, starts near the pretraining loss and soon falls below it: answers are easier than text.
+The loss, over the answers alone, starts near the pretraining loss and soon falls below it: answers are easier.
 """
 
 import argparse

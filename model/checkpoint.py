@@ -1,7 +1,9 @@
-"""Checkpoints: `<stage>_<dim>[_moe].pth` (a plain state dict), `.json` beside it (what it is) and `.resume.pth` (how to go on).
+"""Checkpoints: `<stage>_<dim>[_moe].pth` (a plain state dict), `.json` beside it (what it is) and `.resume.pth` (how to
+go on).
 
-The three are written completely before the first of them is renamed to its final name. Should the machine stop between two
-renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth holds its own copy of the weights.
+The three are written completely before the first of them is renamed to its final name. Should the machine stop between
+two renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth holds its own copy of
+the weights.
 """
 
 import hashlib
@@ -47,7 +49,7 @@ def save_checkpoint(path, model, metadata, training_state=None):
     path = Path(path)
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     # The with-statement renames in reverse: training state first, then the weights, then their description.
     with atomic_write(path.with_suffix(".json"), "w", encoding="utf-8") as description:
         with atomic_write(path, "w+b") as weights_file:
@@ -86,7 +88,7 @@ def read_tensors(path):
     except Exception as error:  # torch raises half a dozen types here, from UnpicklingError to struct.error
         unsafe = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
         if unsafe:
-            raise UserError(f"{path}: refused, it wants to run {unsafe[1]} while loading; use a plain state dict") from None
+            raise UserError(f"{path}: refused, loading it would run {unsafe[1]}; use a plain state dict") from None
         raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; copy or download it again") from None
 
 
@@ -119,7 +121,7 @@ def read_metadata(path):
         metadata = json.loads(description.read_text(encoding="utf-8"))
         LMConfig(**metadata["config"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{description}: not a description of a checkpoint ({error!r}); remove it or restore it") from None
+        raise UserError(f"{description}: describes no checkpoint ({error!r}); remove it or restore it") from None
     return metadata
 
 
@@ -150,7 +152,7 @@ def load_model(path, **config_overrides):
 
 
 def shape_fields(state, buffers, overrides, path):
-    """The config fields a v1 state dict tells by its shapes, and the heads from its RoPE table, the flags or a preset."""
+    """The config fields that v1 shapes tell, and the heads by the RoPE table, the flags or a preset."""
     width = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, state) if match}
     use_moe = "layers.0.feed_forward.gate.weight" in width
@@ -165,7 +167,7 @@ def shape_fields(state, buffers, overrides, path):
     fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=use_moe)
     if use_moe:
         fields.update(n_routed_experts=experts, n_shared_experts=shared)
-    same_shape = [PRESETS[name] for name in PRESETS if (PRESETS[name]["dim"], PRESETS[name]["n_layers"]) == (dim, len(layers))]
+    same_shape = [preset for preset in PRESETS.values() if (preset["dim"], preset["n_layers"]) == (dim, len(layers))]
     preset_heads = same_shape[0].get("n_heads") if same_shape else None
     heads = overrides.get("n_heads") or preset_heads or LMConfig().n_heads
     if "pos_cis" in buffers:
@@ -183,7 +185,7 @@ def load_weights(model, state, path):
             raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in a model of this shape")
         if tensor.shape != expected[name].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            raise UserError(f"{path}: {name} is {found} in the file but {wanted} in the model; check --preset and --dim")
+            raise UserError(f"{path}: {name} is {found} in the file but {wanted} in the model; check --preset, --dim")
     for name, tensor in expected.items():
         if name not in state:
             raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} is missing; check --preset and --n_layers")
@@ -200,7 +202,7 @@ def check_tokenizer(tokenizer, path, model, metadata):
     """UserError unless `tokenizer` is the one that the checkpoint `path` was trained with, as far as can be known."""
     if len(tokenizer) != model.config.vocab_size:
         words = model.config.vocab_size
-        raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; give the right --tokenizer_path")
+        raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; correct --tokenizer_path")
     if metadata.get("tokenizer_hash") not in (None, tokenizer_hash(tokenizer)):
         raise UserError(f"{path}: was trained with another tokenizer of the same size; give the right --tokenizer_path")
 
@@ -240,7 +242,8 @@ def default_parent(args, stage, script):
     """The checkpoint that an earlier stage wrote for the shape in the flags. Raises UserError when there is none."""
     path = checkpoint_path(args.out_dir, stage, requested_config(args))
     if not path.is_file():
-        found = sorted(str(other) for other in path.parent.glob(f"{Path(stage).name}_*.pth") if other.suffixes == [".pth"])
+        others = path.parent.glob(f"{Path(stage).name}_*.pth")
+        found = sorted(str(other) for other in others if other.suffixes == [".pth"])
         others = f" (there is {', '.join(found)})" if found else ""
         raise UserError(f"{path}: no such checkpoint; run {script} first, or name another with --init_from{others}")
     return path

@@ -12,7 +12,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
-    """Something the user can mend: one line naming file, line or flag and the way out. exit_code 2 means wrong usage."""
+    """Something the user can mend: one line naming file, line or flag and the way out. exit_code 2: wrong usage."""
 
     def __init__(self, message, exit_code=1):
         super().__init__(message)
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Run a script's main() and end the process: UserError and a full disk become one line on stderr, never a traceback."""
+    """Run a script's main() and end the process: UserError and a full disk become one line on stderr, no traceback."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
@@ -94,7 +94,8 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     steps.add_argument(
         "--max_steps",
         type=positive_int,
-        help="optimizer steps, where the schedule ends too; with --epochs whichever ends first, without it as many epochs as needed",
+        help="optimizer steps, where the schedule ends too; with --epochs whichever ends first, "
+        "without it as many epochs as that takes",
     )
     parser.set_defaults(default_epochs=epochs)
     steps.add_argument(
@@ -117,7 +118,7 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
         "--weight_decay", type=non_negative_float, default=0.1, help="on matrices only (default: %(default)s)"
     )
     steps.add_argument(
-        "--grad_clip", type=non_negative_float, default=1.0, help="largest gradient norm, 0: no limit (default: %(default)s)"
+        "--grad_clip", type=non_negative_float, default=1.0, help="largest gradient norm, 0: any (default: %(default)s)"
     )
     steps.add_argument(
         "--optimizer",
@@ -128,7 +129,9 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     steps.add_argument(
         "--muon_learning_rate", type=non_negative_float, help="peak for Muon's matrices (default: 10 x --learning_rate)"
     )
-    steps.add_argument("--seed", type=non_negative_int, default=1337, help="weights, order, split (default: %(default)s)")
+    steps.add_argument(
+        "--seed", type=non_negative_int, default=1337, help="weights, order, split (default: %(default)s)"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -147,7 +150,10 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     reports.add_argument("--log_interval", type=positive_int, default=10, help="default: %(default)s")
     reports.add_argument("--eval_interval", type=positive_int, default=500, help="validation (default: %(default)s)")
     reports.add_argument(
-        "--eval_tokens", type=non_negative_int, default=100_000, help="held-out tokens per validation, 0: all (default: %(default)s)"
+        "--eval_tokens",
+        type=non_negative_int,
+        default=100_000,
+        help="held-out tokens per validation, 0: all (default: %(default)s)",
     )
     reports.add_argument("--save_interval", type=positive_int, default=500, help="checkpoint (default: %(default)s)")
     reports.add_argument("--use_wandb", action="store_true", help="log to Weights & Biases, offline without a key")
@@ -167,17 +173,17 @@ def add_inference_flags(parser):
     group.add_argument("--n_heads", type=positive_int, help="attention heads, for a .pth without its .json")
     group.add_argument("--n_kv_heads", type=positive_int, help="key/value heads, for a .pth without its .json")
     group.add_argument("--use_moe", action="store_true", default=None, help="mixture of experts instead of dense")
-    group.add_argument("--max_seq_len", type=positive_int, help="context: prompt and answer (default: the checkpoint's)")
     group.add_argument(
-        "--rope_scaling", choices=("linear", "yarn"), help="stretch positions when --max_seq_len exceeds the trained length"
+        "--max_seq_len", type=positive_int, help="context: prompt and answer (default: the checkpoint's)"
     )
+    group.add_argument("--rope_scaling", choices=("linear", "yarn"), help="stretch positions beyond the trained length")
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--temperature", type=non_negative_float, default=0.7, help="0: always the most probable (default: %(default)s)"
     )
     sampling.add_argument(
-        "--top_k", type=non_negative_int, default=8, help="of the k most probable tokens, 0: of all (default: %(default)s)"
+        "--top_k", type=non_negative_int, default=8, help="of the k most probable tokens, 0: all (default: %(default)s)"
     )
     sampling.add_argument(
         "--top_p", type=float, default=1.0, help="of the most probable with this much in sum (default: %(default)s)"
@@ -186,9 +192,14 @@ def add_inference_flags(parser):
         "--repetition_penalty", type=float, default=1.0, help="above 1: repeat less (default: %(default)s)"
     )
     sampling.add_argument(
-        "--max_new_tokens", type=positive_int, default=256, help="longest answer, prompt not counted (default: %(default)s)"
+        "--max_new_tokens",
+        type=positive_int,
+        default=256,
+        help="longest answer, prompt not counted (default: %(default)s)",
     )
-    sampling.add_argument("--seed", type=non_negative_int, default=1337, help="same seed, same answer (default: %(default)s)")
+    sampling.add_argument(
+        "--seed", type=non_negative_int, default=1337, help="same seed, same answer (default: %(default)s)"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -198,14 +209,18 @@ def add_inference_flags(parser):
         default="auto",
         help="of weights and cache (default: bfloat16 where the hardware has it, else float32)",
     )
-    machine.add_argument("--compile", action="store_true", help="torch.compile the decoding step: slow start, faster tokens")
+    machine.add_argument(
+        "--compile", action="store_true", help="torch.compile the decoding step: slow start, faster tokens"
+    )
 
 
 def model_overrides(args, names=SHAPE_FLAGS + ("max_seq_len", "dropout")):
-    """The model flags given on the command line, as a dict; a flag that the script does not have counts as not given."""
+    """The model flags given on the command line, as a dict; one that the script does not have is not given."""
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def command_line(*extra):
     """This run's command as typed, flags in `extra` appended unless there, for "to go on: ..." messages."""
-    return shlex.join(["python", *sys.argv, *(flag for flag in extra if flag not in sys.argv)])
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
+    return shlex.join([*launcher, *sys.argv, *(flag for flag in extra if flag not in sys.argv)])

@@ -14,8 +14,8 @@ from model.files import atomic_write
 class RunLog:
     """One run's reports. Only the main rank constructs one with active=True; on the others every call does nothing.
 
-    path: .jsonl file, one object a line, each with its "step". A fresh run (first_step 0) replaces it; a resumed one keeps
-    the lines up to its first step, so that no step appears twice after a kill.
+    path: .jsonl file, one object a line, each with its "step". A fresh run (first_step 0) replaces it; a resumed one
+    keeps the lines up to its first step, so that no step appears twice after a kill.
     """
 
     def __init__(self, path, first_step, total_steps, wandb_run=None, active=True):
@@ -43,7 +43,9 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.wandb_run is not None:
-            numbers = {name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"}
+            numbers = {
+                name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"
+            }
             self.wandb_run.log(numbers, step=record["step"])
 
     def close(self):
@@ -73,7 +75,7 @@ def start_wandb(args, run_name, config):
 
 
 def knows_wandb_key():
-    """Whether `wandb login` was run here or WANDB_API_KEY is set. (wandb.init without a key asks, or ends the script.)"""
+    """Whether `wandb login` was run or WANDB_API_KEY set. (Without a key wandb.init asks, or ends the script.)"""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]

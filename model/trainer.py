@@ -1,15 +1,14 @@
 """The one training loop: every stage hands it rows, parameters and a loss.
 
-A step draws all its micro-batches first and counts their supervised targets over all ranks, so that each micro-batch is divided
-by the count of the whole step: gradients do not depend on how a step is split (Hugging Face, "Gradient accumulation", 2024).
+A step draws all its micro-batches first and counts their supervised targets over all ranks, so that each micro-batch is
+divided by the count of the whole step: gradients do not depend on how a step is split (Hugging Face, "Gradient
+accumulation", 2024).
 """
 
 import contextlib
 import math
-import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ from model.dataset import BatchLoader, ResumableSampler, token_byte_lengths
 from model.run_log import RunLog, duration, start_wandb
 from model.tokenizer import tokenizer_hash
 
-# Dense bfloat16 tensor-core peaks in FLOP/s from NVIDIA's data sheets; the first name found in the device's name counts.
+# Dense bfloat16 tensor-core peaks in FLOP/s from NVIDIA's data sheets; the first name that the device's contains.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -83,7 +82,7 @@ def describe_model(model, device, dtype):
 
 
 def count_parameters(model):
-    """(all parameters, those that work on one token): in a mixture of experts only num_experts_per_tok of the routed."""
+    """(all parameters, those that work on one token): of the routed experts only num_experts_per_tok do."""
     total = sum(parameter.numel() for parameter in model.parameters())
     routed = sum(p.numel() for name, p in model.named_parameters() if ".feed_forward.experts." in name)
     config = model.config
@@ -92,9 +91,10 @@ def count_parameters(model):
 
 
 def flops_per_token(model, length):
-    """Floating-point operations of forward and backward for one token in a row of `length` tokens: 6 N + 12 L H Q T with
-    N the parameters at work (the tied embedding counts once, as the output product), L layers, H * Q = dim, T the row
-    length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B)."""
+    """Floating-point operations of forward and backward for one token in a row of `length` tokens: 6 N + 12 L H Q T
+    with N the parameters at work (the tied embedding counts once, as the output product), L layers, H * Q = dim, T the
+    row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
+    """
     return 6 * count_parameters(model)[1] + 12 * model.config.n_layers * model.config.dim * length
 
 
@@ -116,7 +116,7 @@ def learning_rate_factor(step, total_steps, warmup_steps):
 
 
 def build_optimizers(model, args):
-    """A list of optimizers over the trainable parameters: AdamW alone, or Muon on the hidden matrices and AdamW on the rest.
+    """A list of optimizers over the trainable parameters: AdamW, or Muon on hidden matrices and AdamW on the rest.
 
     Only matrices decay, each by learning_rate * weight_decay per step under either optimizer. Muon (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon) orthogonalises updates of linear maps; embeddings, the router and norms are none.
@@ -125,7 +125,7 @@ def build_optimizers(model, args):
     optimizers, hidden = [], set()
     if args.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):
-            raise UserError(f"--optimizer muon: PyTorch {torch.__version__} has none; use adamw or install 2.9 or newer")
+            raise UserError(f"--optimizer muon: PyTorch {torch.__version__} has none; use adamw or PyTorch 2.9")
         matrices = [(name, parameter) for name, parameter in parameters if is_hidden_matrix(name, parameter)]
         hidden = {name for name, _ in matrices}
         rate = args.muon_learning_rate
@@ -147,8 +147,8 @@ def is_hidden_matrix(name, parameter):
 
 
 def language_model_loss(model, batch, num_items):
-    """Next-token cross-entropy of one micro-batch summed and divided by `num_items`, and the MoE balance loss (mean over
-    rows). Any stage may put its own function with these arguments and results in its place."""
+    """Next-token cross-entropy of one micro-batch summed and divided by `num_items`, and the MoE balance loss (mean
+    over rows). Any stage may put its own function with these arguments and results in its place."""
     output = model(**batch, num_items_in_batch=num_items, padding_side="right", return_logits=False)
     return output.loss, output.aux_loss
 
@@ -181,9 +181,7 @@ def measure(batch, byte_lengths):
 
 def compile_model(model, device, dynamic):
     """torch.compile; dynamic: row lengths vary from batch to batch, so one kernel must serve them all."""
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile: needs a C++ compiler (apt install g++), found none; or leave the flag out")
+    distributed.check_compiler(device)
     return torch.compile(model, dynamic=True if dynamic else None)
 
 
@@ -240,8 +238,9 @@ class Trainer:
     """Trains `model` in place by `optimizers` and keeps its checkpoint and logs.
 
     model: on `device` already. train, validation: datasets (see model.dataset; validation may be empty). stage: the
-    checkpoint's name without dim, such as "single_chat/full_sft". parent: {"file", "sha256"} of the weights it starts from.
-    identity: further {flag: value} that decide what is learned from the data. loss_function: see language_model_loss.
+    checkpoint's name without dim, such as "single_chat/full_sft". parent: {"file", "sha256"} of the weights it starts
+    from. identity: further {flag: value} that decide what is learned from the data. loss_function: see
+    language_model_loss.
     """
 
     def __init__(
@@ -295,8 +294,9 @@ class Trainer:
         rows = args.batch_size * distributed.world_size()
         train, validation = len(self.train_loader.dataset), len(self.validation_loader.dataset)
         return (
-            f"data: {train:,} rows to train on, {validation:,} to validate; a step is {args.accumulation_steps} x {rows} rows "
-            f"of up to {self.model.config.max_seq_len} tokens, {steps:,} steps an epoch, {self.total_steps:,} in all"
+            f"data: {train:,} rows to train on, {validation:,} to validate; "
+            f"a step is {args.accumulation_steps} x {rows} rows of up to {self.model.config.max_seq_len} tokens, "
+            f"{steps:,} steps an epoch, {self.total_steps:,} in all"
         )
 
     def describe_trajectory(self, train, identity):
@@ -323,7 +323,8 @@ class Trainer:
     def resume(self):
         """Go back to the last saved step: weights, optimizer, scaler, random generators, position in the data.
 
-        Raises UserError when there is no saved state, or when a flag was changed under which it would mean something else.
+        Raises UserError when there is no saved state, or when a flag was changed under which it would mean something
+        else.
         """
         path = resume_path(self.path)
         if not path.is_file():
@@ -333,17 +334,17 @@ class Trainer:
             self.check_trajectory(state["trajectory"])
             load_weights(self.model, state["weights"], path)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+                groups = [dict(group) for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
-                for group, values in zip(optimizer.param_groups, hyperparameters):
-                    group.update(values)  # as the flags of this run say
+                for group, own in zip(optimizer.param_groups, groups):
+                    group.update(own)  # rates and decay as the flags of this run say
             self.scaler.load_state_dict(state["scaler"])
             self.train_loader.load_state_dict(state["loader"])
             restore_random_state(state["random"][distributed.rank()], self.device)
             self.progress.update(state["progress"])
             self.parent, self.saved_step = state["parent"], self.step
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a training state that fits this run ({error!r}); start without --resume") from None
+            raise UserError(f"{path}: no training state that fits this run ({error!r}); omit --resume") from None
         if self.path.is_file() and file_sha256(self.path) != state["weights_sha256"]:
             warn(f"{self.path} is not of step {self.step}, where {path} goes on; the next save replaces it")
 
@@ -353,9 +354,9 @@ class Trainer:
             for flag in was.keys() | now.keys():
                 old, new = was.get(flag), now.get(flag)
                 if old != new and changes_meaning:
-                    raise UserError(f"--resume: {flag} was {old} and is {new} now; give the old one, or start without --resume")
+                    raise UserError(f"--resume: {flag} was {old} and is {new} now; give the old one or omit --resume")
                 if old != new:
-                    warn(f"--resume: {flag} was {old} and is {new} now; from here on the run differs from the one begun")
+                    warn(f"--resume: {flag} was {old} and is {new} now; the run goes on differently than it began")
 
     def train(self):
         """Train up to the last step, saving on the way; returns whether it was reached, False after SIGINT or SIGTERM.
@@ -380,7 +381,8 @@ class Trainer:
                 distributed.print_once(f"nothing left to do: {self.step:,} of {self.total_steps:,} steps are done")
         if self.stopping:
             way_on = command_line("--resume")
-            distributed.print_once(f"stopped and saved at step {self.step:,} of {self.total_steps:,}; to go on: {way_on}")
+            progress = f"step {self.step:,} of {self.total_steps:,}"
+            distributed.print_once(f"stopped and saved at {progress}; to go on: {way_on}")
         return not self.stopping
 
     def close(self):
@@ -411,7 +413,7 @@ class Trainer:
             self.steady_since = self.steady_since or clock  # the first step holds compilation and is no measure
 
     def step_batches(self):
-        """The micro-batches of each optimizer step, epoch after epoch; what remains of an epoch forms a smaller step."""
+        """The micro-batches of each optimizer step, epoch after epoch; what remains of one is a smaller step."""
         while True:
             batches = []
             for batch in self.train_loader:
@@ -423,7 +425,7 @@ class Trainer:
                 yield batches
 
     def train_step(self, batches, window):
-        """One optimizer step over `batches`, whose gradients are those of one large batch; adds its numbers to `window`."""
+        """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`."""
         counts = [measure(batch, self.byte_lengths) for batch in batches]
         flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
         sums = [sum(column) for column in zip(*counts)][:4] + [flops]
@@ -447,7 +449,8 @@ class Trainer:
         shares: each micro-batch's part of the rows of the whole step, by which its balance loss counts.
         """
         total = torch.zeros((), device=self.device)
-        num_items = torch.tensor(items, dtype=torch.float32, device=self.device)  # a number would be compiled into the graph
+        # A tensor, for a number would be compiled into the graph.
+        num_items = torch.tensor(items, dtype=torch.float32, device=self.device)
         ranks = distributed.world_size()  # DDP divides the sum of gradients by it
         for index, (batch, share) in enumerate(zip(batches, shares)):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -460,7 +463,7 @@ class Trainer:
         return total
 
     def update(self, loss):
-        """Clip and apply the gradients, unless loss or gradient is not finite; returns (loss over all ranks, gradient norm)."""
+        """Clip and apply the gradients unless something is not finite; returns (loss over all ranks, gradient norm)."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -468,7 +471,7 @@ class Trainer:
         loss, norm_value = torch.stack((loss, norm)).tolist()  # the only wait for the device in a step
         loss, stops = distributed.sum_over_ranks([loss, self.stop.requested], self.device)
         self.stopping = stops > 0
-        # With float16 an infinite gradient is how the scaler learns that its scale is too large: it skips this one step.
+        # With float16 an infinite gradient is how the scaler learns that its scale is too large: it skips this step.
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm_value)
         if overflow and self.scaler.get_scale() < 1:
             overflow = False
@@ -487,7 +490,9 @@ class Trainer:
         """The error line for a loss or gradient that is not finite."""
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         kept = f"{self.path} holds step {self.saved_step}" if self.saved_step else "nothing was saved yet"
-        return f"step {self.step + 1}: {what}; stopped before it reached the weights ({kept}); try a lower --learning_rate"
+        return (
+            f"step {self.step + 1}: {what}; stopped before it reached the weights ({kept}); try a lower --learning_rate"
+        )
 
     def report(self, window):
         """One line and one record on the steps since the last report."""
@@ -497,7 +502,9 @@ class Trainer:
         record = dict(step=self.step, epoch=self.epoch, loss=loss, bits_per_byte=bits_per_byte)
         record.update(learning_rate=self.peak_rates[-1][0] * window["factor"], gradient_norm=window["norm"])
         record.update(tokens_per_second=rate, tokens_seen=self.progress["tokens_seen"])
-        text = f"step {self.step:,}/{self.total_steps:,}  epoch {self.epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}"
+        text = (
+            f"step {self.step:,}/{self.total_steps:,}  epoch {self.epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}"
+        )
         text += f"  lr {record['learning_rate']:.2e}  norm {window['norm']:.2f}  {rate:,.0f} tok/s"
         if self.peak_flops:
             record["mfu"] = window["flops"] / window["seconds"] / self.peak_flops / distributed.world_size()
@@ -526,7 +533,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self):
-        """Mean loss and bits per byte over the same --eval_tokens held-out targets each time, into progress and the log."""
+        """Mean loss and bits per byte over the same --eval_tokens held-out targets each time, into progress and log."""
         if not len(self.validation_loader):
             return
         self.model.eval()
@@ -551,7 +558,7 @@ class Trainer:
         self.log.write(f"{text}  ({int(items):,} held-out tokens)", step=self.step, **record)
 
     def save(self):
-        """Write checkpoint, description and training state; a full disk ends the run with one line, the last ones intact."""
+        """Write checkpoint, description and training state; a full disk ends the run and the last ones stay intact."""
         states = distributed.gather(random_state(self.device))
         self.saved_step, previous = self.step, self.saved_step
         if not distributed.is_main():

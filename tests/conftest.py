@@ -37,7 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def small_tokenizer_path(tmp_path_factory):
-    """Folder of a tokenizer with 400 words that fit the texts below: most of a tiny model's time goes into its vocabulary."""
+    """Folder of a tokenizer of 400 words, to fit the texts below: a tiny model's time goes into its vocabulary."""
     from tokenizers import Tokenizer, pre_tokenizers, trainers
 
     from model.tokenizer import DEFAULT_TOKENIZER_PATH, SPECIAL_TOKENS, save_tokenizer
@@ -49,7 +49,9 @@ def small_tokenizer_path(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [f"user\n{place}的{thing}很好吃。有什么好吃的？、你好！\nassistant\n" for place in PLACES for thing in THINGS]
+    texts = [
+        f"user\n{place}的{thing}很好吃。有什么好吃的？、你好！\nassistant\n" for place in PLACES for thing in THINGS
+    ]
     backend.train_from_iterator(texts, trainer)
     path = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(backend, path)
@@ -96,7 +98,7 @@ def write_csv(path, rows):
 
 
 def run_script(*words, timeout=120, **options):
-    """Run a script of the repository with its arguments; returns the finished process with .stdout and .stderr as text."""
+    """Run a script of the repository with its arguments; returns the finished process, its output as text."""
     command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout, **options}
     return subprocess.run(command, **options)

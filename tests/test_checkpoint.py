@@ -36,13 +36,17 @@ def assert_same_function(model, other):
         assert torch.equal(model(ids).logits, other.eval()(ids).logits)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_moe": True, "n_shared_experts": 2}, {"rope_scaling": {"rope_type": "linear", "factor": 2}}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_moe": True, "n_shared_experts": 2}, {"rope_scaling": {"rope_type": "linear", "factor": 2}}]
+)
 def test_round_trip_keeps_weights_config_and_metadata(tmp_path, fields):
     model, path = small_model(**fields), tmp_path / "deep" / "x_32.pth"
     save_checkpoint(path, model, {"stage": "pretrain", "step": 3})
     loaded, metadata = load_model(path)
     assert_same_function(model, loaded)
-    assert metadata["stage"] == "pretrain" and metadata["step"] == 3 and metadata["versions"]["torch"] == torch.__version__
+    assert (
+        metadata["stage"] == "pretrain" and metadata["step"] == 3 and metadata["versions"]["torch"] == torch.__version__
+    )
     assert loaded.config.to_dict() == model.config.to_dict()
     plain = torch.load(path, weights_only=True)
     assert list(plain) == list(model.state_dict()) and not any("_orig_mod" in name for name in plain)
@@ -84,7 +88,9 @@ def test_heads_come_from_flags_or_a_preset_where_shapes_cannot_tell(tmp_path):
 def test_another_shape_is_one_line_with_both(tmp_path, described, field, value):
     model, path = small_model(), tmp_path / "x.pth"
     save_checkpoint(path, model, {}) if described else save_bare(model, path)
-    with pytest.raises(UserError, match=rf"x.pth: has {field} {getattr(model.config, field)}, not {value}; .*--{field}"):
+    with pytest.raises(
+        UserError, match=rf"x.pth: has {field} {getattr(model.config, field)}, not {value}; .*--{field}"
+    ):
         load_model(path, **{"n_heads": 4, field: value})
 
 

@@ -26,7 +26,9 @@ def arguments(*words):
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
     add_training_flags(parser, data_path="unused", learning_rate=1e-3, epochs=1, wandb_project="test")
-    return parser.parse_args([*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", *map(str, words)])
+    return parser.parse_args(
+        [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", *map(str, words)]
+    )
 
 
 def make_trainer(data_path, out_dir, *words, tokenizer, loss_function=language_model_loss, sft=False):
@@ -83,7 +85,9 @@ def test_balance_loss_reaches_the_router(sft_csv, tmp_path, tokenizer):
         loss, aux_loss = language_model_loss(model, batch, num_items)
         return loss.detach(), aux_loss
 
-    run = make_trainer(sft_csv, tmp_path, "--use_moe", tokenizer=tokenizer, sft=True, loss_function=without_cross_entropy)
+    run = make_trainer(
+        sft_csv, tmp_path, "--use_moe", tokenizer=tokenizer, sft=True, loss_function=without_cross_entropy
+    )
     batch = run.train_loader.dataset[[0, 1, 2]]
     run.accumulate([batch], [1.0], measure(batch, run.byte_lengths)[0])
     assert all(layer.feed_forward.gate.weight.grad.abs().sum() > 0 for layer in run.model.layers)
@@ -97,7 +101,9 @@ def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tok
             seen.append((len(batch["input_ids"]), float(num_items)))
         return language_model_loss(model, batch, num_items)
 
-    run = make_trainer(pretrain_csv, tmp_path, "--accumulation_steps", 5, "--epochs", 2, tokenizer=tokenizer, loss_function=spy)
+    run = make_trainer(
+        pretrain_csv, tmp_path, "--accumulation_steps", 5, "--epochs", 2, tokenizer=tokenizer, loss_function=spy
+    )
     rows, batches = len(run.train_loader.dataset), len(run.train_loader)
     assert batches % 5 and rows % 4  # or this test shows nothing
     run.train()
@@ -197,7 +203,9 @@ def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
     kinds = set()
     words = ("--dtype", name, "--max_steps", 4, "--learning_rate", 5e-3)
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
-    hook = run.model.layers[0].attention.wq.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
+    hook = run.model.layers[0].attention.wq.register_forward_hook(
+        lambda module, inputs, output: kinds.add(output.dtype)
+    )
     run.train()
     hook.remove()
     assert kinds == {getattr(torch, name)}
@@ -310,7 +318,19 @@ VARIANTS = {
 @pytest.mark.parametrize("variant, killed_after", [("plain", 3), *((name, 6) for name in VARIANTS)])
 def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer, variant, killed_after):
     data = request.getfixturevalue("sft_csv" if variant == "sft" else "pretrain_csv")
-    words = [*VARIANTS[variant], "--batch_size", 8, "--max_steps", 9, "--save_interval", 3, "--eval_interval", 4, "--log_interval", 1]
+    words = [
+        *VARIANTS[variant],
+        "--batch_size",
+        8,
+        "--max_steps",
+        9,
+        "--save_interval",
+        3,
+        "--eval_interval",
+        4,
+        "--log_interval",
+        1,
+    ]
     common = dict(tokenizer=tokenizer, sft=variant == "sft")
     straight = make_trainer(data, tmp_path / "straight", *words, **common)
     straight.train()
@@ -333,7 +353,9 @@ def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in run.model.state_dict().items())
     assert run.path.read_bytes() == straight.path.read_bytes()
     # The log shows every step once, with the same losses.
-    shown = [[(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)]
+    shown = [
+        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)
+    ]
     assert sorted(shown[0], key=str) == sorted(shown[1], key=str)
 
 
@@ -346,7 +368,9 @@ def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer,
     straight = make_trainer(pretrain_csv, tmp_path / "straight", "--max_steps", 8, tokenizer=tokenizer)
     straight.train()
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run = make_trainer(pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer, loss_function=interrupted)
+    run = make_trainer(
+        pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer, loss_function=interrupted
+    )
     assert run.train() is False and run.step == 5
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     assert "to go on: python" in capsys.readouterr().out
@@ -388,7 +412,9 @@ def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv,
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
     run.resume()
     warnings = capsys.readouterr().err
-    assert all(flag in warnings for flag in ("--learning_rate was 0.001 and is 0.0005", "--weight_decay", "--max_steps"))
+    assert all(
+        flag in warnings for flag in ("--learning_rate was 0.001 and is 0.0005", "--weight_decay", "--max_steps")
+    )
     run.train()
     assert run.step == 4
     assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.3
