@@ -352,6 +352,7 @@ def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer
     assert run.step == 9
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in run.model.state_dict().items())
     assert run.path.read_bytes() == straight.path.read_bytes()
+    assert run.scaler.state_dict() == straight.scaler.state_dict()
     # The log shows every step once, with the same losses.
     shown = [
         [(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)

@@ -108,7 +108,7 @@ def test_compiled_and_eager_runs_agree_and_write_the_same_names(
     # are.
     compile_function = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda model, **options: compile_function(model, backend="aot_eager", **options)
+        torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options)
     )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
