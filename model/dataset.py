@@ -116,7 +116,8 @@ class PretrainDataset:
 class SFTDataset:
     """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or the last only).
 
-    len(dataset), dataset[i], dataset[[...]] as in PretrainDataset; a batch is as wide as its longest row.
+    len(dataset), dataset[i], dataset[[...]] as in PretrainDataset; a batch is as wide as its longest row, or up to
+    a sixteenth wider (_batch_width).
     Attributes: lengths (int array, tokens of each row), num_tokens, report (RowReport of the whole file: rows left
     out, rows shortened).
     """
@@ -136,7 +137,10 @@ class SFTDataset:
         if np.ndim(rows) == 0:
             return {name: tensor[0] for name, tensor in self[[rows]].items()}
         rendered = [self._render(row) for row in rows]
-        return _batch([ids for ids, _ in rendered], [labels for _, labels in rendered], int(self.lengths[rows].max()))
+        width = int(self.lengths[rows].max())
+        if len(rows) > 1:
+            width = min(_batch_width(width), int(self.lengths.max()))
+        return _batch([ids for ids, _ in rendered], [labels for _, labels in rendered], width)
 
     def _render(self, row):
         """(ids, labels) of one row: the token file from its first kept turn on, the question's front cut out."""
@@ -221,6 +225,13 @@ def _marks(indices, length):
     marks = np.zeros(length, dtype=bool)
     marks[indices] = True
     return marks
+
+
+def _batch_width(length):
+    """`length` rounded up by at most a sixteenth, to one of sixteen widths per doubling. oneDNN keeps kernels and memory
+    for every shape it has met, so hundreds of different widths would fill gigabytes on a CPU."""
+    step = max(1, 2 ** (length.bit_length() - 5))
+    return -(-length // step) * step
 
 
 def _batch(ids, labels, width):
