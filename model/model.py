@@ -25,6 +25,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype:  # the kernel computes in float32 by itself
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -351,11 +353,13 @@ class TransformerBlock(nn.Module):
 
 @dataclass
 class MiniMindOutput(ModelOutput):
-    """loss: cross-entropy alone; aux_loss: MoE balance loss, already times alpha (0 when dense); logits [B, T, V]."""
+    """loss: cross-entropy alone; aux_loss: MoE balance loss, already times alpha (0 when dense); logits [B, T, V];
+    past_key_values: the cache that was passed in, for transformers' generate()."""
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
+    past_key_values: object | None = None
 
 
 class Transformer(PreTrainedModel, GenerationMixin):
@@ -403,7 +407,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         labels=None,
         kv_cache=None,
@@ -412,6 +416,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         padding_side=None,
         return_logits=True,
+        past_key_values=None,
+        inputs_embeds=None,
+        return_dict=None,
+        **flags,
     ):
         """Run the model over input_ids [B, T].
 
@@ -425,13 +433,22 @@ class Transformer(PreTrainedModel, GenerationMixin):
         num_items_in_batch: divide the summed loss by this instead of the number of supervised targets.
         logits_to_keep: logits of only the last so many positions (0: all), or LongTensor [B, n]: of these positions.
         return_logits=False (training): .logits is None and the loss never holds [B, T, V] numbers at once.
+        past_key_values, inputs_embeds [B, T, C], return_dict and flags (use_cache, output_attentions, ...): what
+            transformers and peft pass. A transformers Cache is a kv_cache. Raises TypeError for a flag that asks for
+            what this model does not give.
         """
+        if wanted := [name for name, value in flags.items() if value and name not in ("use_cache", "cache_position")]:
+            raise TypeError(f"Transformer.forward() does not know {', '.join(wanted)}")
+        kv_cache = past_key_values if kv_cache is None else kv_cache
+        if input_ids is None:
+            input_ids = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         past = 0 if kv_cache is None else kv_cache.get_seq_length()
         keys = past + input_ids.shape[1] if isinstance(past, int) else kv_cache.key_count(input_ids.shape[1])
         mask = self.attention_mask_4d(input_ids, attention_mask, past, keys, padding_side)
         rotary = self.rotary(input_ids, past, keys, position_ids)
         token_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        x = F.dropout(self.tok_embeddings(input_ids), self.config.dropout, self.training)
+        x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = F.dropout(x, self.config.dropout, self.training)
         aux_losses = []
         for layer in self.layers:
             x, aux_loss = layer(x, rotary, mask, kv_cache, token_mask)
@@ -442,7 +459,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         all_logits = self.output(x) if return_logits and labels is not None else None
         loss = None if labels is None else self.token_loss(x, all_logits, labels, num_items_in_batch)
         logits = self.kept_logits(x, all_logits, logits_to_keep) if return_logits else None
-        return MiniMindOutput(loss=loss, logits=logits, aux_loss=aux_loss)
+        output = MiniMindOutput(loss=loss, logits=logits, aux_loss=aux_loss, past_key_values=past_key_values)
+        return output if return_dict is not False else output.to_tuple()
 
     def rotary(self, input_ids, past, keys, position_ids):
         """cos and sin of the new tokens' positions, float32 [T or B x T, 1, D / 2, 2]."""
