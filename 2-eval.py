@@ -29,7 +29,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--prompt", action="append", help="a question, may be given several times")
-    questions.add_argument("--prompt_file", help='.txt with a question a line, or .jsonl {"q"[, "history"][, "answer"]}')
+    questions.add_argument("--prompt_file", help='.txt with a question a line, or .jsonl {"q"[, "history"][, "answer"]}; with answers: greedy, whatever --temperature')
     questions.add_argument("--interactive", action="store_true", help="a conversation: type, and it answers")
     parser.add_argument(
         "--history", type=non_negative_int, help="earlier exchanges the model sees (default: all with --interactive, else 0)"

@@ -71,7 +71,7 @@ class LMConfig(PretrainedConfig):
         self.dropout = dropout
         self.flash_attn = flash_attn
         self.rope_theta = float(rope_theta)
-        self.rope_scaling = dict(rope_scaling) if rope_scaling else None
+        self.rope_scaling = dict(rope_scaling) if isinstance(rope_scaling, dict) else rope_scaling or None
         self.use_moe = bool(use_moe)
         self.num_experts_per_tok = num_experts_per_tok
         self.n_routed_experts = n_routed_experts
@@ -103,6 +103,8 @@ class LMConfig(PretrainedConfig):
             raise ValueError(f"dim / n_heads ({self.head_dim}) must be even: rotary embedding turns pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be positive, got {self.rope_theta!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.use_moe:
@@ -123,6 +125,8 @@ class LMConfig(PretrainedConfig):
         """rope_scaling is {"rope_type": "linear" or "yarn", "factor": F >= 1}; yarn also reads beta_fast, beta_slow,
         attention_factor and original_max_position_embeddings (default: max_seq_len / factor, as trained)."""
         scaling = self.rope_scaling
+        if not isinstance(scaling, dict):
+            raise ValueError(f"rope_scaling must be a dict with rope_type and factor, got {scaling!r}")
         scaling.setdefault("rope_type", scaling.pop("type", None))
         if scaling["rope_type"] not in ("linear", "yarn"):
             raise ValueError(f"rope_scaling rope_type must be 'linear' or 'yarn', got {scaling['rope_type']!r}")

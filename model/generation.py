@@ -6,6 +6,7 @@ Shape letters: B rows, T new tokens, K keys, G key/value heads, D head size, V v
 
 import contextlib
 import random
+import sys
 from collections import deque
 from dataclasses import dataclass
 
@@ -298,7 +299,7 @@ class Engine:
             raise UserError(f"the prompt has token ids outside 0..{vocab_size - 1}: tokenizer and model do not match")
         if len(prompt_ids) >= self.max_length:
             length, context = len(prompt_ids), self.max_length
-            raise UserError(f"the prompt has {length} tokens but the context only {context}: shorten it or raise --max_seq_len")
+            raise UserError(f"the prompt has {length} tokens but the context only {context}: shorten it, or raise --max_seq_len with --rope_scaling yarn")
         if parameters.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need an Engine with a tokenizer")
         stop = parameters.stop_token_ids
@@ -330,10 +331,16 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """One token for every running request, waiting ones admitted first; returns a list of Delta."""
-        logits = [self.decode()] if self.running else []
-        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_batch - len(self.running)))]
+        older, logits = len(self.running), []
+        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_batch - older))]
         if admitted:
-            logits.append(self.prefill(admitted))
+            try:  # before the others' turn: a prompt that fails leaves them as they were
+                logits.append(self.prefill(admitted))
+            except BaseException:
+                self.release([request for request in admitted if request in self.running])
+                raise
+        if older:
+            logits.insert(0, self.decode(older))
         if not logits:
             return []
         if self.sampler is None:
@@ -346,10 +353,10 @@ class Engine:
         self.release([request for request in self.running if request.finish_reason])
         return deltas
 
-    def decode(self):
-        """Feed every running request its last token; logits [B, V] of the next."""
-        rows, device = len(self.running), self.model.device
-        last = [[request.token_ids[-1]] for request in self.running]
+    def decode(self, rows):
+        """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
+        device = self.model.device
+        last = [[request.token_ids[-1]] for request in self.running[:rows]]
         if self.compiled is not None:
             # All rows of the cache, also the unused ones: their number is part of the shape that was compiled.
             last += [[0]] * (self.cache.batch - rows)
@@ -385,7 +392,6 @@ class Engine:
             result = logits if result is None else torch.where(ends_here[:, None], logits, result)
         cache.lengths.copy_(lengths)
         if not torch.isfinite(result).all():
-            self.release(requests)
             raise UserError("the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it")
         return result
 
@@ -489,8 +495,10 @@ def open_engine(args, stages, **engine_arguments):
     overrides = model_overrides(args)
     if args.preset:
         overrides.update({name: getattr(requested_config(args), name) for name in SHAPE_FLAGS})
+    trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
+    if (args.max_seq_len or 0) > trained and not args.rope_scaling:
+        print(f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn", file=sys.stderr)
     if args.rope_scaling:
-        trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
         if (args.max_seq_len or 0) <= trained:
             raise UserError(f"--rope_scaling needs a --max_seq_len above the trained {trained} tokens", exit_code=2)
         overrides["rope_scaling"] = {"rope_type": args.rope_scaling, "factor": args.max_seq_len / trained}

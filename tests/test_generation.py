@@ -260,10 +260,10 @@ def compiled_engine(monkeypatch, model, **arguments):
     engine = Engine(model, compile=True, **arguments)
     decode = engine.decode
 
-    def decode_as_compiled():
+    def decode_as_compiled(rows):
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            return decode()
+            return decode(rows)
 
     engine.decode = decode_as_compiled
     return engine
@@ -435,3 +435,22 @@ def test_conversations_lose_their_oldest_exchanges_first(tokenizer):
 def test_text_prompts_round_trip_through_the_engine(tokenizer, text_model):
     request = Engine(text_model, tokenizer).generate([encode_text(tokenizer, "长江</s>")], dataclasses.replace(GREEDY, max_new_tokens=5))[0]
     assert request.text == tokenizer.decode(request.token_ids, skip_special_tokens=True) and len(request.token_ids) == 5
+
+
+def test_a_prompt_that_fails_leaves_the_running_requests_as_they_were(model, monkeypatch):
+    prompts = random_prompts(2)
+    alone = [Engine(model).generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
+    engine = Engine(model)
+    first = engine.add(prompts[0], GREEDY)
+    for _ in range(4):
+        engine.step()
+    failing = engine.add(prompts[1], GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "isfinite", lambda tensor: torch.tensor(False))
+        with pytest.raises(UserError, match="not finite"):
+            engine.step()
+    assert failing not in engine.running
+    while first.finish_reason is None:
+        engine.step()
+    assert first.token_ids == alone[0]
+    assert engine.generate([prompts[1]], GREEDY)[0].token_ids == alone[1]

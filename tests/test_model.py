@@ -244,7 +244,7 @@ def test_block_attention_equals_float64_attention(length, heads, batch):
     expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
     expected.backward(gradient.double())
     for ours, reference in [(output, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact))]:
-        assert (ours.double() - reference).norm() < 1e-2 * reference.norm()
+        assert (ours.double() - reference).norm() < 5e-2 * reference.norm()  # bfloat16; a wrong mask is off by 1
 
 
 @settings(max_examples=15, deadline=None)
@@ -372,6 +372,8 @@ def test_rms_norm_works_in_float32():
         (dict(use_moe=True, scoring_func="sigmoid"), "softmax"),
         (dict(rope_scaling={"rope_type": "dynamic", "factor": 2}), "'linear' or 'yarn'"),
         (dict(rope_scaling={"rope_type": "linear", "factor": 0.5}), "factor"),
+        (dict(rope_scaling="yarn"), "must be a dict"),
+        (dict(rope_theta=0), "rope_theta"),
     ],
 )
 def test_impossible_shapes_are_refused_in_one_line(fields, words):
@@ -386,3 +388,32 @@ def test_presets():
     assert preset_config("minimind-v1", dim=1024).dim == 1024
     with pytest.raises(ValueError, match="minimind-v1-small"):
         preset_config("gpt-5")
+
+
+def test_generate_of_transformers_works(config):
+    """Its cache, its left padding and its beams: the same greedy tokens as full forward passes give."""
+    model = trained_scale(config)
+    prompt = torch.randint(3, 300, (1, 6))
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(8):
+            expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), dim=1)
+    arguments = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(prompt, use_cache=use_cache, **arguments), expected)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), prompt), dim=1)
+    mask = (torch.arange(9) >= 3).long()[None]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **arguments)[:, 3:], expected)
+    assert model.generate(prompt, num_beams=2, **arguments).shape == expected.shape
+
+
+def test_what_peft_and_transformers_pass(config):
+    model = trained_scale(config)
+    input_ids = torch.randint(0, 300, (1, 5))
+    with torch.no_grad():
+        logits = model(input_ids).logits
+        embedded = model(inputs_embeds=model.tok_embeddings(input_ids), output_attentions=None, use_cache=False)
+        assert torch.equal(embedded.logits, logits)
+        assert torch.equal(model(input_ids, return_dict=False)[0], logits)
+    with pytest.raises(TypeError, match="output_attentions"):
+        model(input_ids, output_attentions=True)
