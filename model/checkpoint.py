@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from model import distributed
 from model.cli import SHAPE_FLAGS, UserError, model_overrides
 from model.files import atomic_write
 from model.LMConfig import PRESETS, LMConfig, preset_config
 from model.model import Transformer
-from model.tokenizer import tokenizer_hash
+from model.tokenizer import DEFAULT_TOKENIZER_PATH, tokenizer_hash
 
 CONFIG_FIELDS = tuple(name for name in inspect.signature(LMConfig).parameters if name != "kwargs")
 # May change without changing what a weight means; every other field of a checkpoint is what it is.
@@ -199,11 +200,20 @@ def file_sha256(path):
 
 
 def check_tokenizer(tokenizer, path, model, metadata):
-    """UserError unless `tokenizer` is the one that the checkpoint `path` was trained with, as far as can be known."""
+    """UserError unless `tokenizer` is the one that the checkpoint `path` was trained with, as far as can be known.
+
+    A .pth alone does not say; v1's has as many words as the tokenizer shipped here but other ones, hence a warning.
+    """
     if len(tokenizer) != model.config.vocab_size:
         words = model.config.vocab_size
         raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; correct --tokenizer_path")
-    if metadata.get("tokenizer_hash") not in (None, tokenizer_hash(tokenizer)):
+    known = metadata.get("tokenizer_hash")
+    if known is None and Path(tokenizer.name_or_path).resolve() == DEFAULT_TOKENIZER_PATH.resolve():
+        if distributed.is_main():
+            reason = "cannot tell which tokenizer it was trained with, using the one shipped here"
+            way_out = "v1's published weights need v1's own tokenizer folder (--tokenizer_path)"
+            print(f"warning: {path}: {reason}; {way_out}", file=sys.stderr)
+    if known not in (None, tokenizer_hash(tokenizer)):
         raise UserError(f"{path}: was trained with another tokenizer of the same size; give the right --tokenizer_path")
 
 

@@ -16,6 +16,7 @@ from model.checkpoint import check_tokenizer, load_model, resume_path, save_chec
 from model.cli import UserError
 from model.LMConfig import LMConfig, preset_config
 from model.model import Transformer
+from model.tokenizer import load_tokenizer
 
 SMALL = {**TINY, "vocab_size": 50}
 
@@ -237,6 +238,17 @@ def test_another_tokenizer_is_refused(tokenizer):
     check_tokenizer(tokenizer, "x.pth", model, {"tokenizer_hash": checkpoint.tokenizer_hash(tokenizer)})
     with pytest.raises(UserError, match="another tokenizer of the same size"):
         check_tokenizer(tokenizer, "x.pth", model, {"tokenizer_hash": "other"})
+
+
+def test_a_bare_file_with_the_shipped_tokenizer_gets_one_warning(small_tokenizer, capsys):
+    tokenizer = load_tokenizer()
+    model = small_model(vocab_size=len(tokenizer))
+    check_tokenizer(tokenizer, "v1.pth", model, {})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: v1.pth: cannot tell which tokenizer") and "--tokenizer_path" in line
+    check_tokenizer(tokenizer, "x.pth", model, {"tokenizer_hash": checkpoint.tokenizer_hash(tokenizer)})
+    check_tokenizer(small_tokenizer, "x.pth", small_model(vocab_size=len(small_tokenizer)), {})  # given on purpose
+    assert not capsys.readouterr().err
 
 
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path):
