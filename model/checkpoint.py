@@ -232,10 +232,12 @@ def build_model(args, tokenizer, parent=None):
     """(model, parent's .json entry or None): fresh from the flags, or the weights of `parent` (--init_from).
 
     A fresh model takes its vocabulary size from the tokenizer. A parent's shape wins over the default preset;
-    a model flag or preset that was given and contradicts it raises UserError, as does another tokenizer.
+    a model flag or preset that was given and contradicts it raises UserError, as does another tokenizer, and a preset
+    that was given but has another number of words.
     """
     config = requested_config(args)
     if parent is None:
+        check_preset_words(args, config, len(tokenizer))
         config.vocab_size = len(tokenizer)
         return Transformer(config), None
     asked = model_overrides(args)
@@ -245,7 +247,17 @@ def build_model(args, tokenizer, parent=None):
         asked["n_shared_experts"] = config.n_shared_experts
     model, metadata = load_model(parent, **asked)
     check_tokenizer(tokenizer, parent, model, metadata)
+    check_preset_words(args, config, len(tokenizer))
     return model, {"file": str(parent), "sha256": file_sha256(parent)}
+
+
+def check_preset_words(args, config, words):
+    """UserError when --preset was given and names a vocabulary of another size than the tokenizer's `words`."""
+    if args.preset and config.vocab_size != words:
+        raise UserError(
+            f"--preset {args.preset}: has {config.vocab_size} words but the tokenizer {words}; give its tokenizer with "
+            "--tokenizer_path, or the shape by --dim, --n_layers and so on instead of --preset"
+        )
 
 
 def default_parent(args, stage, script):

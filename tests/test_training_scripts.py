@@ -240,6 +240,16 @@ def test_wrong_flags_are_one_line(run, flags, tmp_path, pretrain_csv):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_preset_of_another_vocabulary_is_refused(run, flags, tmp_path, pretrain_csv, sft_csv):
+    words = [*flags, "--data_path", pretrain_csv, "--max_steps", 1]
+    parts = ["--preset minimind-v0-small", "32000 words but the tokenizer 400", "--tokenizer_path"]
+    assert_one_line_error(run("1-pretrain.py", *words, "--preset", "minimind-v0-small"), *parts)
+    assert not (tmp_path / "out").exists()
+    assert " 400 words" in good(run("1-pretrain.py", *words))  # no preset named: the tokenizer decides
+    words = [*flags, "--data_path", sft_csv, "--max_steps", 1]
+    assert_one_line_error(run("3-full_sft.py", *words, "--preset", "minimind-v0-small"), *parts)
+
+
 def test_wrong_parents_are_one_line(run, flags, tmp_path, pretrain_csv, sft_csv):
     words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 1]
     assert_one_line_error(run(*words), "out/pretrain_32.pth", "run 1-pretrain.py first", "--init_from")
