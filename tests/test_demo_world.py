@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -112,11 +113,16 @@ def test_amounts_are_what_is_asked_for(tmp_path):
 # ---------------------------------------------------------------------------------------------- nothing held out leaks
 
 
-def test_heldout_questions_are_never_trained_on(files):
-    trained = trained_questions(files)
+def wording(question):
+    """A question without what makes no difference: courtesy ("please", "may I ask"), punctuation and spaces."""
+    return re.sub(r"请问|请|[，。？！、“”\s]", "", question)
+
+
+def test_heldout_questions_differ_from_all_trained_on_in_more_than_courtesy(files):
+    trained = {wording(question) for question in trained_questions(files)}
     for name in ("facts", "arithmetic"):
         rows = read_lines(files[1][name])
-        assert len(rows) >= 100 and not {row["q"] for row in rows} & trained
+        assert len(rows) >= 100 and [row["q"] for row in rows if wording(row["q"]) in trained] == []
 
 
 def test_heldout_operands_are_in_no_training_text(world, files):
