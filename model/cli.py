@@ -99,6 +99,13 @@ def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_projec
     )
     parser.set_defaults(default_epochs=epochs)
     steps.add_argument(
+        "--stop_after",
+        metavar="STEPS",
+        type=positive_int,
+        help="save and leave after this optimizer step of the run, as Ctrl-C does; the schedule does not change, so "
+        "going on with --resume gives the weights of a run without a stop",
+    )
+    steps.add_argument(
         "--batch_size", type=positive_int, help="rows per forward pass (default: 64 on a GPU, 8 elsewhere)"
     )
     steps.add_argument(
@@ -219,8 +226,16 @@ def model_overrides(args, names=SHAPE_FLAGS + ("max_seq_len", "dropout")):
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
-def command_line(*extra):
-    """This run's command as typed, flags in `extra` appended unless there, for "to go on: ..." messages."""
+def command_line(*extra, without=None):
+    """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flag
+    `without` and its value left out (also under a shortened name, which argparse takes when it is unique)."""
+    words, rest = [], iter(sys.argv)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if not (without and len(name) > 2 and without.startswith(name)):
+            words.append(word)
+        elif not equals:
+            next(rest, None)
     ranks = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
-    return shlex.join([*launcher, *sys.argv, *(flag for flag in extra if flag not in sys.argv)])
+    return shlex.join([*launcher, *words, *(flag for flag in extra if flag not in words)])

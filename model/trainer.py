@@ -51,6 +51,7 @@ PEAK_FLOPS = {
     "RTX 3080": 59.5e12,
 }
 ROWS_PER_STEP = 64  # of a step whose size the user left open
+STEPS_FLAG = "--epochs or --max_steps"
 
 
 def start(args):
@@ -278,6 +279,11 @@ class Trainer:
         return self.progress["step"]
 
     @property
+    def stop_is_due(self):
+        """Whether --stop_after asks for no further step."""
+        return self.args.stop_after is not None and self.step >= self.args.stop_after
+
+    @property
     def steps_per_epoch(self):
         return math.ceil(len(self.train_loader) / self.args.accumulation_steps)
 
@@ -314,7 +320,7 @@ class Trainer:
             **identity,
         }
         free = {f"--{name}": getattr(args, name) for name in ("learning_rate", "weight_decay", "grad_clip", "compile")}
-        free.update({"--warmup_iters": self.warmup_steps, "--epochs or --max_steps": f"{self.total_steps} steps"})
+        free.update({"--warmup_iters": self.warmup_steps, STEPS_FLAG: f"{self.total_steps} steps"})
         free.update({"--dropout": config.dropout, "--dtype": str(self.dtype), "--device": self.device.type})
         if args.optimizer == "muon":
             free["--muon_learning_rate"] = args.muon_learning_rate
@@ -356,10 +362,14 @@ class Trainer:
                 if old != new and changes_meaning:
                     raise UserError(f"--resume: {flag} was {old} and is {new} now; give the old one or omit --resume")
                 if old != new:
-                    warn(f"--resume: {flag} was {old} and is {new} now; the run goes on differently than it began")
+                    effect = "the run goes on differently than it began"
+                    if flag == STEPS_FLAG:
+                        effect = f"the schedule of the earlier steps ended there, so {effect} (--stop_after keeps it)"
+                    warn(f"--resume: {flag} was {old} and is {new} now; {effect}")
 
     def train(self):
-        """Train up to the last step, saving on the way; returns whether it was reached, False after SIGINT or SIGTERM.
+        """Train up to the last step, saving on the way; returns whether it was reached, False after --stop_after steps,
+        SIGINT or SIGTERM.
 
         Raises UserError for a loss that is not finite (before it reaches the weights) and for a disk that is full.
         """
@@ -376,11 +386,13 @@ class Trainer:
             if not self.step:
                 self.validate()
             if self.step < self.total_steps:
-                self.run_steps()
+                self.stopping = self.stop_is_due
+                if not self.stopping:
+                    self.run_steps()
             else:
                 distributed.print_once(f"nothing left to do: {self.step:,} of {self.total_steps:,} steps are done")
         if self.stopping:
-            way_on = command_line("--resume")
+            way_on = command_line("--resume", without="--stop_after" if self.stop_is_due else None)
             progress = f"step {self.step:,} of {self.total_steps:,}"
             distributed.print_once(f"stopped and saved at {progress}; to go on: {way_on}")
         return not self.stopping
@@ -399,7 +411,7 @@ class Trainer:
             self.progress["train_seconds"] += time.perf_counter() - clock
             self.log.advance()
             last = self.step >= self.total_steps
-            done = last or self.stopping
+            done = last or self.stopping or self.stop_is_due
             if self.step % self.args.log_interval == 0 or done or self.step == self.first_step + 1:
                 self.report(window)
                 window = new_window()
@@ -408,6 +420,7 @@ class Trainer:
             if self.step % self.args.save_interval == 0 or done:
                 self.save()
             if done:
+                self.stopping = self.stopping or (self.stop_is_due and not last)
                 return
             clock = time.perf_counter()
             self.steady_since = self.steady_since or clock  # the first step holds compilation and is no measure

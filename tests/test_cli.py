@@ -115,6 +115,10 @@ def test_command_line_can_be_pasted(monkeypatch):
     assert command_line("--resume") == "python 1-pretrain.py --data_path 'my file.csv' --resume"
     monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     assert command_line("--resume") == "python 1-pretrain.py --resume"
+    for words in (["--stop_after", "3"], ["--stop_after=3"], ["--stop", "3"]):
+        monkeypatch.setattr(sys, "argv", ["1-pretrain.py", *words, "--seed", "3"])
+        assert command_line("--resume", without="--stop_after") == "python 1-pretrain.py --seed 3 --resume"
+    monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command_line() == "torchrun --nproc_per_node 4 1-pretrain.py --resume"
 

@@ -381,6 +381,32 @@ def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer,
     assert run.path.read_bytes() == straight.path.read_bytes()
 
 
+@pytest.mark.parametrize("sft", [False, True])
+def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, capsys, monkeypatch, sft):
+    data = request.getfixturevalue("sft_csv" if sft else "pretrain_csv")
+    words = ("--optimizer", "muon", "--dropout", 0.1, "--max_steps", 40, "--eval_interval", 4, "--save_interval", 100)
+    straight = make_trainer(data, tmp_path / "straight", *words, tokenizer=tokenizer, sft=sft)
+    assert straight.warmup_steps == 2 and straight.train() is True
+    capsys.readouterr()
+    for stop in (1, 8, 8, 13):  # within the warm-up, where validation is due, again, within an epoch
+        monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--stop_after", str(stop), "--seed", "1337"])
+        run = make_trainer(data, tmp_path / "parts", *words, "--stop_after", stop, tokenizer=tokenizer, sft=sft)
+        if stop > 1:
+            run.resume()
+        assert run.train() is False and run.step == stop
+        shown = capsys.readouterr()
+        assert f"saved at step {stop} of 40; to go on: python 1-pretrain.py --seed 1337 --resume\n" in shown.out
+        assert not shown.err.count("warning")
+    run = make_trainer(data, tmp_path / "parts", *words, "--stop_after", 40, tokenizer=tokenizer, sft=sft)
+    run.resume()
+    assert run.train() is True
+    assert run.path.read_bytes() == straight.path.read_bytes()
+    for name in ("validation_loss", "tokens_seen", "supervised_tokens_seen"):
+        assert run.progress[name] == straight.progress[name]
+    validated = [[line for line in records(each) if "validation_loss" in line] for each in (run, straight)]
+    assert validated[0] == validated[1]
+
+
 @pytest.mark.parametrize(
     "changed, flag",
     [
@@ -416,6 +442,7 @@ def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv,
     assert all(
         flag in warnings for flag in ("--learning_rate was 0.001 and is 0.0005", "--weight_decay", "--max_steps")
     )
+    assert "was 2 steps and is 4 steps now; the schedule of the earlier steps ended there" in warnings
     run.train()
     assert run.step == 4
     assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.3

@@ -171,6 +171,21 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_0(run, flags, tmp_path, 
     assert metadata["step"] == int(step) >= 5
 
 
+def test_stop_after_leaves_with_0_and_its_command_ends_with_the_weights_of_a_straight_run(
+    run, flags, tmp_path, pretrain_csv
+):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 9]
+    text = good(run(*words, "--stop_after", 4))
+    assert "next stage" not in text
+    command = re.search(r"saved at step 4 of 9; to go on: python (.*)", text)[1]
+    assert command == " ".join(map(str, [*words, "--resume"]))
+    assert "next stage" in good(run(*command.split()))
+    resumed = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
+    words[words.index("--out_dir") + 1] = tmp_path / "straight"
+    good(run(*words))
+    assert resumed == (tmp_path / "straight" / "pretrain_32.pth").read_bytes()
+
+
 def test_full_disk_while_saving_keeps_the_last_good_checkpoint(flags, tmp_path, pretrain_csv, run):
     words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 4]
     good(run(*words))
