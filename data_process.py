@@ -158,7 +158,9 @@ def finish(reports, report_path):
     for name, report in reports.items():
         print(f"== {name}\n{report.table()}")
         for path, written in report.outputs.items():
-            if not written["rows"]:
+            if written["left_as_it_was"]:
+                print(f"{path}: left as it was: no row is for it")
+            elif not written["rows"]:
                 print(f"warning: no row is for {path}; it has no data")
     if report_path:
         values = {name: report.as_dict() for name, report in reports.items()}

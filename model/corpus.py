@@ -343,7 +343,8 @@ class Report:
         split = f"{self.documents_split:,} of them split at sentence ends" if self.documents_split else ""
         lines.append(("documents kept", self.documents_kept, split))
         for path, written in self.outputs.items():
-            lines.append(("rows written", written["rows"], f"{path}, {written['bytes'] / 1e6:.1f} MB"))
+            size = "left as it was" if written["left_as_it_was"] else f"{written['bytes'] / 1e6:.1f} MB"
+            lines.append(("rows written", written["rows"], f"{path}, {size}"))
         text = "\n".join(f"{name:<26}{count:>12,}  {note}".rstrip() for name, count, note in lines)
         if self.bad_lines_file:
             text += f"\nall bad lines: {self.bad_lines_file}"
@@ -360,6 +361,7 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     near_threshold: Jaccard similarity of character 5-grams above which a document is a near duplicate; None: keep them.
     workers: processes that parse and filter; the output is the same for any number.
     description: label of the progress bar. Unreadable rows go to "<first output>.bad_lines.txt".
+    An existing output that no row is for is left as it was: corpora of one kind each are run one after the other.
     Raises UserError when an input cannot be read, nothing is left to write, or the disk is full; `outputs` then stay
     as they were.
     """
@@ -393,22 +395,35 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     return report
 
 
+class LeaveAsItWas(Exception):
+    """Ends atomic_write without a new file."""
+
+
 class OutputFiles(contextlib.ExitStack):
     """The output files and the list of bad lines, all of which appear when the block ends without error, or none."""
 
     def __init__(self, paths, frames, bad_lines_path):
         super().__init__()
         self.paths, self.frames, self.bad_lines_path = paths, frames, bad_lines_path
-        self.written = [{"rows": 0, "bytes": 0} for _ in paths]
+        self.written = [{"rows": 0, "bytes": 0, "left_as_it_was": False} for _ in paths]
         self.sources = set()
         self.bad_lines = None
 
     def __enter__(self):
         super().__enter__()
-        self.handles = [self.enter_context(atomic_write(path)) for path in self.paths]
+        self.handles = [self.enter_context(self.output(*pair)) for pair in zip(self.paths, self.written)]
         for output, (header, _) in enumerate(self.frames):
             self.write(output, header, 0)
         return self
+
+    @contextlib.contextmanager
+    def output(self, path, written):
+        """atomic_write, but a file without rows replaces no earlier one."""
+        with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
+            yield handle
+            if not written["rows"] and path.exists():
+                written.update(bytes=0, left_as_it_was=True)
+                raise LeaveAsItWas
 
     def finish(self):
         for output, (_, footer) in enumerate(self.frames):

@@ -74,6 +74,17 @@ def test_sft_without_conversations_says_that_the_second_file_has_no_rows(tmp_pat
     assert (tmp_path / "sft_data.csv").read_text() == "history,q,a\n"
 
 
+def test_sft_corpora_of_one_kind_each_are_processed_one_after_the_other(tmp_path):
+    for name, rows in (("multi", CONVERSATIONS[1:2]), ("single", CONVERSATIONS[:1])):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        process = run_script("data_process.py", "sft", "--data_path", source, "--output_dir", tmp_path / "out")
+        assert process.returncode == 0, process.stderr
+    assert f"{tmp_path}/out/sft_data.csv: left as it was: no row is for it" in process.stdout and "warning" not in process.stdout
+    assert [row["q"] for row in rows_of(tmp_path / "out/sft_data.csv")] == ["翻译成白话\n天地玄黄"]
+    assert [row["q"] for row in rows_of(tmp_path / "out/sft_data_single.csv")] == ["你是谁"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sft_data.csv", "sft_data_single.csv"]
+
+
 def test_dpo(tmp_path):
     pairs = [{"prompt": "你是谁？", "chosen": "我是小助手。", "rejected": "不知道。"}, {"prompt": "你好", "chosen": "好", "rejected": "好"}]
     (tmp_path / "raw.json").write_text(json.dumps(pairs))
