@@ -13,6 +13,8 @@ from model.files import COMPRESSED_SUFFIXES, open_binary
 LONGEST_FIELD = 1 << 28  # characters; the csv module's default of 131,072 is shorter than many a document
 PLACES_KEPT = 10
 GIVE_UP_AFTER = 1000  # rows without a single good one: it is the wrong file, not a bad row
+LOOK_AHEAD_BYTES = 1 << 16
+ROWS_THAT_PROVE = 8  # as many rows, each ending in a carriage return: that is how lines end, not how values do
 CARRIAGE_RETURN_MARK = "\udc0d"  # a lone surrogate: no decoded text contains it
 UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -129,33 +131,48 @@ class _CsvLines:
 
     A carriage return outside quotes ends a row for csv.reader, yet csv.writer (before Python 3.13) leaves it unquoted
     when its line end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates;
-    `marked` says so.
+    `marked` says so. Whether "\\r\\n" ends a line is asked of the header, then of the first rows, then of every row
+    with "\\r\\n" behind a closing quote: header and rows may come from different programs.
     """
 
     def __init__(self, raw_lines):
         self.raw_lines = raw_lines
-        self.number, self.row, self.again = 0, [], collections.deque()
+        self.number, self.row, self.again, self.ahead = 0, [], collections.deque(), collections.deque()
         self.marked = self.ends_with_crlf = False
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        line = self.again.popleft() if self.again else self.decode(next(self.raw_lines, b""))
+        line = self.again.popleft() if self.again else self.decode(self.next_raw())
         if not line:
             raise StopIteration
         self.number += 1
         self.row.append(line)
         return line
 
+    def next_raw(self):
+        return self.ahead.popleft() if self.ahead else next(self.raw_lines, b"")
+
+    def rows_end_with_crlf(self, header):
+        """Look ahead: does a row end in a closing quote and "\\r\\n", or do all of many rows end in "\\r\\n"?"""
+        size, quotes, ends = 0, header.count(b'"'), []
+        while size < LOOK_AHEAD_BYTES and (raw := next(self.raw_lines, b"")):
+            self.ahead.append(raw)
+            size += len(raw)
+            quotes += raw.count(b'"')
+            if quotes % 2 == 0:  # not within a value of several lines
+                ends.append(raw[-3:])
+        return b'"\r\n' in ends or len(ends) >= ROWS_THAT_PROVE and all(end.endswith(b"\r\n") for end in ends)
+
     def decode(self, raw):
         try:
             line = raw.decode("utf-8-sig" if self.number == 0 else "utf-8")
         except UnicodeDecodeError:
             line, self.marked = raw.decode("utf-8", "surrogateescape"), True
+        if self.number == 0:
+            self.ends_with_crlf = line.endswith("\r\n") or self.rows_end_with_crlf(raw)
         if "\r" in line:
-            if self.number == 0:
-                self.ends_with_crlf = line.endswith("\r\n")
             end = len(line) - 2 * (self.ends_with_crlf and line.endswith("\r\n"))
             if "\r" in line[:end]:
                 line, self.marked = line[:end].replace("\r", CARRIAGE_RETURN_MARK) + line[end:], True
@@ -166,6 +183,15 @@ class _CsvLines:
         self.row.clear()
         self.marked = bool(self.again) and self.marked
         return self.number + 1
+
+    def end_with_crlf(self):
+        """Whether this row broke at "\\r\\n" behind a closing quote; it is then put back with that as its end."""
+        if not self.row or not self.row[-1].endswith(f'"{CARRIAGE_RETURN_MARK}\n'):
+            return False
+        self.ends_with_crlf = True
+        self.number -= len(self.row)
+        self.again.extendleft(reversed([*self.row[:-1], self.row[-1][:-2] + "\r\n"]))
+        return True
 
     def read_again(self):
         """Go back to the second line of this row: an unclosed quote must not swallow the rows behind it."""
@@ -186,6 +212,8 @@ def _csv_rows(path, raw_lines):
         except StopIteration:
             return
         except csv.Error as error:
+            if lines.end_with_crlf():
+                continue
             lines.read_again()
             yield place, None, f"broken CSV: {error}"
             continue
