@@ -178,7 +178,7 @@ def test_stop_after_leaves_with_0_and_its_command_ends_with_the_weights_of_a_str
     text = good(run(*words, "--stop_after", 4))
     assert "next stage" not in text
     command = re.search(r"saved at step 4 of 9; to go on: python (.*)", text)[1]
-    assert command == " ".join(map(str, [*words, "--resume"]))
+    assert command.endswith(" ".join(map(str, [*words, "--resume"])))
     assert "next stage" in good(run(*command.split()))
     resumed = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
     words[words.index("--out_dir") + 1] = tmp_path / "straight"
