@@ -115,7 +115,7 @@ def main():
             flops[f"stock {preset}"] = flops[preset]
     seconds = median_seconds(steps, args.steps)
 
-    tokens, peak = batch.numel(), peak_flops(device)
+    tokens, peak = batch.numel(), peak_flops(device, dtype)
     rates = {name: tokens / value for name, value in seconds.items()}
     for name, rate in rates.items():
         mfu = f"  MFU {rate * flops[name] / peak:.1%}" if peak else ""

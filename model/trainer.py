@@ -8,6 +8,7 @@ accumulation", 2024).
 import contextlib
 import math
 import random
+import re
 import resource
 import signal
 import sys
@@ -25,7 +26,8 @@ from model.dataset import BatchLoader, ResumableSampler, token_byte_lengths
 from model.run_log import RunLog, duration, start_wandb
 from model.tokenizer import tokenizer_hash
 
-# Dense bfloat16 tensor-core peaks in FLOP/s from NVIDIA's data sheets; the first name that the device's contains.
+# Dense 16-bit tensor-core peaks in FLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
+# matches whole words of a device's name counts. "$" leaves out the Ti, SUPER, D and Laptop cards.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -41,15 +43,17 @@ PEAK_FLOPS = {
     "A40": 149.7e12,
     "A6000": 154.8e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,
     "T4": 65e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
-    "RTX 4080": 97.5e12,
-    "RTX 3090": 71e12,
-    "RTX 3080": 59.5e12,
+    "RTX 5090$": 209.5e12,
+    "RTX 4090$": 165.2e12,
+    "RTX 4080$": 97.5e12,
+    "RTX 3090$": 71e12,
+    "RTX 3080$": 59.5e12,
 }
+NO_BFLOAT16 = ("V100", "T4")  # their peak is float16's
 ROWS_PER_STEP = 64  # of a step whose size the user left open
 STEPS_FLAG = "--epochs or --max_steps"
 
@@ -99,12 +103,16 @@ def flops_per_token(model, length):
     return 6 * count_parameters(model)[1] + 12 * model.config.n_layers * model.config.dim * length
 
 
-def peak_flops(device):
-    """Dense bfloat16 peak of the device in FLOP/s, None where it is not known (any CPU, for one)."""
-    if device.type != "cuda":
+def peak_flops(device, dtype):
+    """Dense peak of the device in FLOP/s for products in `dtype`; None where it is not known (any CPU, a part of a GPU
+    under MIG) or the tensor cores do not work in dtype (float32; bfloat16 before Ampere)."""
+    if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    key = next((key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)), None)
+    if key is None or " MIG " in name or (key in NO_BFLOAT16 and dtype != torch.float16):
+        return None
+    return PEAK_FLOPS[key]
 
 
 def learning_rate_factor(step, total_steps, warmup_steps):
@@ -262,7 +270,7 @@ class Trainer:
         self.peak_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.byte_lengths = token_byte_lengths(tokenizer)
         self.tokenizer_hash = tokenizer_hash(tokenizer)
-        self.peak_flops = peak_flops(device)
+        self.peak_flops = peak_flops(device, dtype)
         self.total_steps = self.count_steps()
         warmup = args.warmup_iters
         self.warmup_steps = min(100, self.total_steps // 20) if warmup is None else warmup

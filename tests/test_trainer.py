@@ -482,7 +482,7 @@ def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
     assert lines[-1]["validation_bits_per_byte"] == run.progress["validation_bits_per_byte"]
 
 
-def test_mfu_formula_and_peaks(tokenizer, monkeypatch):
+def test_mfu_formula(tokenizer):
     args = arguments("--use_moe")
     start(args)
     model, _ = build_model(args, tokenizer)
@@ -490,11 +490,42 @@ def test_mfu_formula_and_peaks(tokenizer, monkeypatch):
     expert = sum(p.numel() for p in model.layers[0].feed_forward.experts[0].parameters())
     assert total - active == 2 * 2 * expert  # two of four experts idle, in two layers
     assert trainer.flops_per_token(model, 16) == 6 * active + 12 * 2 * 32 * 16
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    assert trainer.peak_flops(torch.device("cuda")) == 989e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
-    assert trainer.peak_flops(torch.device("cuda")) is None
-    assert trainer.peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    "name, bfloat16, float16",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 989e12),
+        ("NVIDIA H100 PCIe", 756e12, 756e12),
+        ("NVIDIA H200", 989e12, 989e12),
+        ("NVIDIA GH200 480GB", 989e12, 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA RTX A1000", None, None),
+        ("NVIDIA RTX A4000", None, None),
+        ("NVIDIA RTX A6000", 154.8e12, 154.8e12),
+        ("NVIDIA A10", 125e12, 125e12),
+        ("NVIDIA A10G", 70e12, 70e12),
+        ("NVIDIA A40", 149.7e12, 149.7e12),
+        ("NVIDIA L4", 121e12, 121e12),
+        ("NVIDIA L40", 181e12, 181e12),
+        ("NVIDIA L40S", 362e12, 362e12),
+        ("NVIDIA T400 4GB", None, None),
+        ("Tesla T4", None, 65e12),
+        ("Tesla V100-SXM2-16GB", None, 125e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4080 SUPER", None, None),
+        ("NVIDIA GeForce GTX 1080", None, None),
+    ],
+)
+def test_peaks_are_those_of_the_named_device_and_dtype(monkeypatch, name, bfloat16, float16):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert trainer.peak_flops(cuda, torch.bfloat16) == bfloat16
+    assert trainer.peak_flops(cuda, torch.float16) == float16
+    assert trainer.peak_flops(cuda, torch.float32) is None
+    assert trainer.peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
