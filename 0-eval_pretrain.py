@@ -18,7 +18,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", help="text to go on from, may be given several times")
-    texts.add_argument("--prompt_file", help='.txt with a text a line, or .jsonl with {"prompt"} and perhaps {"answer"}')
+    texts.add_argument(
+        "--prompt_file", help='.txt with a text a line, or .jsonl with {"prompt"} and perhaps {"answer"}'
+    )
     parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
     add_inference_flags(parser)
     return parser.parse_args()

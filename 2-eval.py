@@ -29,10 +29,15 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--prompt", action="append", help="a question, may be given several times")
-    questions.add_argument("--prompt_file", help='.txt with a question a line, or .jsonl {"q"[, "history"][, "answer"]}; with answers: greedy, whatever --temperature')
+    questions.add_argument(
+        "--prompt_file",
+        help='.txt with a question a line, or .jsonl {"q"[, "history"][, "answer"]}; with answers: greedy, whatever --temperature',
+    )
     questions.add_argument("--interactive", action="store_true", help="a conversation: type, and it answers")
     parser.add_argument(
-        "--history", type=non_negative_int, help="earlier exchanges the model sees (default: all with --interactive, else 0)"
+        "--history",
+        type=non_negative_int,
+        help="earlier exchanges the model sees (default: all with --interactive, else 0)",
     )
     parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
     add_inference_flags(parser)
@@ -43,7 +48,14 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation import chat_prompt, check_prompts, measure_accuracy, print_accuracy, print_stream, read_questions
+    from model.evaluation import (
+        chat_prompt,
+        check_prompts,
+        measure_accuracy,
+        print_accuracy,
+        print_stream,
+        read_questions,
+    )
     from model.generation import open_engine, sampling_parameters
 
     check_prompts(args.prompt or ())
@@ -58,7 +70,9 @@ def main():
     if args.interactive:
         converse(engine, parameters, args.history)
     elif all("answer" in row for row in rows):
-        prompts = [chat_prompt(engine, recent(row.get("history") or [], args.history), row["q"], parameters) for row in rows]
+        prompts = [
+            chat_prompt(engine, recent(row.get("history") or [], args.history), row["q"], parameters) for row in rows
+        ]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
     else:
         asked = []

@@ -12,7 +12,7 @@ from model.generation import conversation_prompt
 
 
 def read_questions(path, question):
-    """The rows of a .jsonl file as dicts, each with the text field `question`, or the lines of a text file as such rows.
+    """The rows of a .jsonl file, dicts with the text field `question`, or the lines of a text file as such rows.
 
     Raises UserError naming file and line for a row that cannot be read, and for a file without any question.
     """
@@ -71,7 +71,10 @@ def chat_prompt(engine, history, question, parameters):
     messages = as_messages(history, question)
     ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
     if dropped:
-        print(f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out", file=sys.stderr)
+        print(
+            f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out",
+            file=sys.stderr,
+        )
     return ids
 
 
@@ -86,7 +89,7 @@ def print_stream(engine, prompt_ids, parameters):
 
 
 def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):
-    """Answer `prompts` (token ids) greedily, many at once; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
+    """Answer `prompts` (token ids) greedily, together; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
 
     Row i's answer is right when is_right(rows[i], text); rows with a "task" are also counted by task.
     """

@@ -151,6 +151,7 @@ class Sampler:
 
     def __init__(self, parameters, histories, vocab_size, device):
         """parameters: a SamplingParameters per row; histories: the token ids each row has seen, prompt and answer."""
+
         def column(name):
             return torch.tensor([[float(getattr(row, name))] for row in parameters], device=device)
 
@@ -299,7 +300,8 @@ class Engine:
             raise UserError(f"the prompt has token ids outside 0..{vocab_size - 1}: tokenizer and model do not match")
         if len(prompt_ids) >= self.max_length:
             length, context = len(prompt_ids), self.max_length
-            raise UserError(f"the prompt has {length} tokens but the context only {context}: shorten it, or raise --max_seq_len with --rope_scaling yarn")
+            way_out = "shorten it, or raise --max_seq_len with --rope_scaling yarn"
+            raise UserError(f"the prompt has {length} tokens but the context only {context}: {way_out}")
         if parameters.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need an Engine with a tokenizer")
         stop = parameters.stop_token_ids
@@ -392,7 +394,9 @@ class Engine:
             result = logits if result is None else torch.where(ends_here[:, None], logits, result)
         cache.lengths.copy_(lengths)
         if not torch.isfinite(result).all():
-            raise UserError("the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it")
+            raise UserError(
+                "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
+            )
         return result
 
     def reserve_rows(self, rows):
@@ -452,8 +456,8 @@ class Engine:
 
 @contextlib.contextmanager
 def one_row_kernels(rows, model):
-    """For one or two rows in bfloat16 on a CPU: PyTorch's own matrix-vector kernel, which reads weights twice as fast as
-    the oneDNN one that it would otherwise take (2 cores, one row: 25 against 12 GB/s)."""
+    """For one or two rows in bfloat16 on a CPU: PyTorch's own matrix-vector kernel reads the weights twice as fast as
+    the oneDNN one that it would take otherwise (2 cores, one row: 25 against 12 GB/s)."""
     weight, enabled = model.tok_embeddings.weight, torch.backends.mkldnn.enabled
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and rows <= 2:
         torch.backends.mkldnn.enabled = False
@@ -497,7 +501,10 @@ def open_engine(args, stages, **engine_arguments):
         overrides.update({name: getattr(requested_config(args), name) for name in SHAPE_FLAGS})
     trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
     if (args.max_seq_len or 0) > trained and not args.rope_scaling:
-        print(f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn", file=sys.stderr)
+        print(
+            f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn",
+            file=sys.stderr,
+        )
     if args.rope_scaling:
         if (args.max_seq_len or 0) <= trained:
             raise UserError(f"--rope_scaling needs a --max_seq_len above the trained {trained} tokens", exit_code=2)
@@ -509,14 +516,18 @@ def open_engine(args, stages, **engine_arguments):
 
 
 def find_checkpoint(args, stages):
-    """The checkpoint of the first of `stages` that was trained in the shape of the flags; UserError names what there is."""
+    """The checkpoint of the first of `stages` that has the flags' shape; UserError names what there is."""
     config = requested_config(args)
     paths = [checkpoint_path(args.out_dir, stage, config) for stage in stages]
     for path in paths:
         if path.is_file():
             return path
     found = {str(other) for path in paths for other in path.parent.glob("*.pth") if other.suffixes == [".pth"]}
-    hint = f"there is {', '.join(sorted(found))}: name one with --checkpoint" if found else "train one first, or use --checkpoint"
+    hint = (
+        f"there is {', '.join(sorted(found))}: name one with --checkpoint"
+        if found
+        else "train one first, or use --checkpoint"
+    )
     raise UserError(f"{' or '.join(map(str, paths))}: no such checkpoint; {hint}")
 
 

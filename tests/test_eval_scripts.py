@@ -29,7 +29,9 @@ def out_dir(tmp_path_factory, tokenizer):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     for stage in ("pretrain", "single_chat/full_sft", "multi_chat/full_sft"):
-        save_checkpoint(folder / f"{stage}_32.pth", model, {"stage": stage, "tokenizer_hash": tokenizer_hash(tokenizer)})
+        save_checkpoint(
+            folder / f"{stage}_32.pth", model, {"stage": stage, "tokenizer_hash": tokenizer_hash(tokenizer)}
+        )
     save_checkpoint(folder / "other_words.pth", Transformer(LMConfig(**SHAPE, vocab_size=100)), {"stage": "pretrain"})
     return folder
 
@@ -79,7 +81,15 @@ def test_openings_and_prompts_are_continued(run):
 
 @pytest.mark.parametrize("script", ["0-eval_pretrain.py", "2-eval.py"])
 def test_help_needs_no_torch(script):
-    code = f"import runpy, sys; sys.argv = ['{script}', '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 
@@ -98,9 +108,13 @@ def test_the_sampling_flags_reach_the_model(run):
         return out
 
     assert answer("--temperature", "0") == answer("--temperature", "0", "--seed", "5") == answer("--top_k", "1")
-    assert answer("--seed", "1", "--temperature", "2", "--top_k", "0") != answer("--seed", "2", "--temperature", "2", "--top_k", "0")
+    assert answer("--seed", "1", "--temperature", "2", "--top_k", "0") != answer(
+        "--seed", "2", "--temperature", "2", "--top_k", "0"
+    )
     assert answer("--temperature", "0") == answer("--top_p", "1e-9")
-    assert answer("--temperature", "0", "--repetition_penalty", "1.5") != answer("--temperature", "0", "--repetition_penalty", "1.0")
+    assert answer("--temperature", "0", "--repetition_penalty", "1.5") != answer(
+        "--temperature", "0", "--repetition_penalty", "1.0"
+    )
     assert len(answer("--temperature", "0", "--max_new_tokens", "2")) < len(answer("--temperature", "0"))
 
 
@@ -175,10 +189,18 @@ def prompts_seen(monkeypatch):
 
 def test_a_conversation_remembers_clears_and_leaves_cleanly(run, monkeypatch):
     seen = prompts_seen(monkeypatch)
-    code, out, err = run("2-eval.py", "--interactive", "--max_new_tokens", "2", stdin=("你好", "", "/clear", "再见", "回来", "/exit", "x"))
+    code, out, err = run(
+        "2-eval.py",
+        "--interactive",
+        "--max_new_tokens",
+        "2",
+        stdin=("你好", "", "/clear", "再见", "回来", "/exit", "x"),
+    )
     assert code == 0 and len(seen) == 3, err
     assert "你好" not in seen[1] and seen[1].count("<s>user") == 1
-    assert seen[2].startswith("<s>user\n再见</s>\n<s>assistant\n") and seen[2].endswith("<s>user\n回来</s>\n<s>assistant\n")
+    assert seen[2].startswith("<s>user\n再见</s>\n<s>assistant\n") and seen[2].endswith(
+        "<s>user\n回来</s>\n<s>assistant\n"
+    )
     for leave in (EOFError(), KeyboardInterrupt()):
         assert run("2-eval.py", "--interactive", stdin=(leave,))[0] == 0
 
@@ -188,7 +210,9 @@ def test_history_zero_forgets_and_the_oldest_turns_go_first(run, monkeypatch):
     run("2-eval.py", "--interactive", "--history", "0", "--max_new_tokens", "2", stdin=("你好", "再见"))
     assert [text.count("<s>user") for text in seen] == [1, 1]
     seen.clear()
-    code, out, err = run("2-eval.py", "--interactive", stdin=("一二三四五六七八九十" * 2, "一二三四五六七八九十" * 2, "再见"))
+    code, out, err = run(
+        "2-eval.py", "--interactive", stdin=("一二三四五六七八九十" * 2, "一二三四五六七八九十" * 2, "再见")
+    )
     assert code == 0 and "did not fit the context" in err
     assert seen[2].endswith("<s>user\n再见</s>\n<s>assistant\n")
 
@@ -219,7 +243,9 @@ def test_bad_input_gets_one_line(run, tmp_path, out_dir):
     for script in ("0-eval_pretrain.py", "2-eval.py"):
         failed(run(script, "--checkpoint", tmp_path / "none.pth"), "none.pth", "no such checkpoint")
         failed(run(script, "--out_dir", tmp_path), "_32.pth", "no such checkpoint")
-        failed(run(script, "--preset", "minimind-tiny", "--dim", "192"), "_192.pth", "_32.pth: name one with --checkpoint")
+        failed(
+            run(script, "--preset", "minimind-tiny", "--dim", "192"), "_192.pth", "_32.pth: name one with --checkpoint"
+        )
         failed(run(script, "--prompt", "  "), "--prompt is empty", code=2)
         failed(run(script, "--prompt", "\udcff"), "not UTF-8", code=2)
         failed(run(script, "--prompt", "字" * 200), "tokens but the context only 64")

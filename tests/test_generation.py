@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, sampling follows its definition, requests don't notice who shares their batch."""
+"""Generation: the cache changes nothing, sampling follows its definition, a request doesn't notice its neighbours."""
 
 import dataclasses
 import random
@@ -20,7 +20,9 @@ GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=(
 def tiny_model(**overrides):
     """Random weights, large enough that the next token depends on the whole context."""
     torch.manual_seed(0)
-    config = LMConfig(**{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=200, max_seq_len=64), **overrides})
+    config = LMConfig(
+        **{**dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=200, max_seq_len=64), **overrides}
+    )
     model = Transformer(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -143,7 +145,10 @@ def test_long_prompts_are_prefilled_in_chunks(model, monkeypatch):
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8),
+    st.integers(1, 4),
+)
 def test_joining_and_leaving_a_running_batch_changes_no_answer(plan, max_batch):
     """plan: for each request the steps to wait before it joins, its length, and the sampling it uses."""
     model = JOINING_MODEL
@@ -224,7 +229,8 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(model):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"), [([], "empty"), ([1] * 64, "64 tokens but the context only 64"), ([200], "vocabulary|0..199")]
+    ("prompt", "message"),
+    [([], "empty"), ([1] * 64, "64 tokens but the context only 64"), ([200], "vocabulary|0..199")],
 )
 def test_impossible_prompts_get_one_clear_line(model, prompt, message):
     engine = Engine(model)
@@ -254,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_not_sampled():
 
 
 def compiled_engine(monkeypatch, model, **arguments):
-    """An Engine that goes all the ways of a compiled one, the model's compiled branches included, without a compiler."""
+    """An Engine that takes every path of a compiled one, the model's included, without a compiler."""
     monkeypatch.setattr("model.generation.check_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: model)
     engine = Engine(model, compile=True, **arguments)
@@ -306,7 +312,11 @@ def reference_distribution(logits, parameters, history):
     """The definition, one row, in float64 with plain Python sets: penalty, temperature, top-k, nucleus."""
     logits = logits.double().clone()
     for token in set(history):
-        logits[token] = logits[token] / parameters.repetition_penalty if logits[token] > 0 else logits[token] * parameters.repetition_penalty
+        logits[token] = (
+            logits[token] / parameters.repetition_penalty
+            if logits[token] > 0
+            else logits[token] * parameters.repetition_penalty
+        )
     logits = logits / parameters.temperature
     ranked = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
     kept = ranked[: parameters.top_k or len(ranked)]
@@ -338,11 +348,15 @@ def test_distribution_matches_the_definition_row_by_row(parameters, seed):
     found = sampler.distribution(sampler.penalise(logits))
     found = found / found.sum(dim=-1, keepdim=True)
     for row, wanted in enumerate(parameters):
-        torch.testing.assert_close(found[row], reference_distribution(logits[row], wanted, histories[row]).float(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found[row], reference_distribution(logits[row], wanted, histories[row]).float(), atol=1e-5, rtol=0
+        )
 
 
 @settings(deadline=None, max_examples=40)
-@given(sampling_parameters, st.integers(0, 2**32 - 1), st.one_of(st.just(1.0), st.just(2.0**-53), st.floats(2.0**-53, 1.0)))
+@given(
+    sampling_parameters, st.integers(0, 2**32 - 1), st.one_of(st.just(1.0), st.just(2.0**-53), st.floats(2.0**-53, 1.0))
+)
 def test_no_number_ever_picks_an_excluded_token(parameters, seed, uniform):
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(seed)) * 8
     logits[0, :3] = -1e9  # probability zero, and first in the vocabulary
@@ -433,7 +447,9 @@ def test_conversations_lose_their_oldest_exchanges_first(tokenizer):
 
 
 def test_text_prompts_round_trip_through_the_engine(tokenizer, text_model):
-    request = Engine(text_model, tokenizer).generate([encode_text(tokenizer, "长江</s>")], dataclasses.replace(GREEDY, max_new_tokens=5))[0]
+    request = Engine(text_model, tokenizer).generate(
+        [encode_text(tokenizer, "长江</s>")], dataclasses.replace(GREEDY, max_new_tokens=5)
+    )[0]
     assert request.text == tokenizer.decode(request.token_ids, skip_special_tokens=True) and len(request.token_ids) == 5
 
 
