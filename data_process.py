@@ -10,6 +10,7 @@ counted, the first of its kind is named as file:line, and all of them are listed
 """
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -63,6 +64,7 @@ def build_parser():
     shared.add_argument("--report", help="also write the final table as JSON to this file")
     demo = commands.add_parser("demo", parents=[shared], help="build all data of the small built-in world")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="also replace files that the demo did not make")
     for name, rules in (("pretrain", PretrainRules()), ("sft", ConversationRules()), ("dpo", PreferenceRules())):
         command = commands.add_parser(name, parents=[shared], help=" and ".join(OUTPUTS[name]), epilog=EPILOGS[name])
         add_corpus_flags(command, rules)
@@ -130,15 +132,68 @@ def main():
     finish({arguments.command: report}, arguments.report)
 
 
+class DemoFiles:
+    """Which files the demo made and what they held (SHA-256), so that it replaces its own files and no others.
+
+    Kept in <directory>/raw/demo_files.json. Files named demo_* (raw corpora, exam) are the demo's by name.
+    """
+
+    def __init__(self, directory, names):
+        self.directory, self.names, self.record = directory, names, directory / "raw" / "demo_files.json"
+        try:
+            made = dict(json.loads(self.record.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            made = {}
+        except (TypeError, ValueError):
+            raise UserError(f"{self.record}: is damaged; delete it, then give --overwrite to replace all files") from None
+        self.others = {name: digest for name, digest in self.digests().items() if made.get(name) != digest}
+
+    def digests(self):
+        found = {}
+        for name in self.names:
+            if (self.directory / name).exists():
+                with open(self.directory / name, "rb") as handle:
+                    found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+        return found
+
+    def refuse_others(self):
+        """Raise UserError if there is a file that is not as the demo wrote it."""
+        for name in self.others:
+            raise UserError(f"{self.directory / name}: was not made by the demo (or was changed since); give another "
+                            "--output_dir, move it away, or give --overwrite to replace it")  # fmt: skip
+
+    def remember(self):
+        """Record the files that the demo has made by now."""
+        made = {name: digest for name, digest in self.digests().items() if self.others.get(name) != digest}
+        with atomic_write(self.record) as handle:
+            handle.write(json.dumps(made, indent=1).encode() + b"\n")
+
+
 def build_demo(arguments):
-    """Write the built-in world as raw corpora and send them the way of all data; its tests and its exam are written as they are."""
+    """Build the built-in world, but not over files of another origin."""
+    from model.demo_world import HELDOUT_FILES
+
+    heldout = [f"heldout/{name}" for name in HELDOUT_FILES.values()]
+    files = DemoFiles(Path(arguments.output_dir), [*sum(OUTPUTS.values(), ()), *heldout])
+    if not arguments.overwrite:
+        files.refuse_others()
+    try:
+        reports = write_demo(arguments)
+        files.others.clear()  # each has been replaced
+    finally:
+        files.remember()  # of a run that was interrupted too: it can be repeated
+    finish(reports, arguments.report)
+
+
+def write_demo(arguments):
+    """Write the built-in world as raw corpora and send them the way of all data; tests and exam go out as they are."""
     from model.demo_world import write_exam, write_heldout, write_raw_files
 
     directory = Path(arguments.output_dir)
     raw = write_raw_files(directory / "raw", arguments.seed)
     write_heldout(directory, arguments.seed)
     # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
-    exam = Path("ceval/ceval-exam" if arguments.output_dir == "dataset" else directory / "ceval-exam")
+    exam = Path("ceval/ceval-exam") if directory == Path("dataset") else directory / "ceval-exam"
     write_exam(exam, arguments.seed)
     print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {exam}")
     sources = {
@@ -146,11 +201,10 @@ def build_demo(arguments):
         "sft": ([raw["sft_single"], raw["sft_multi"]], ConversationRules()),
         "dpo": ([raw["dpo"]], PreferenceRules()),
     }
-    reports = {
+    return {
         name: process_corpus(inputs, [directory / output for output in OUTPUTS[name]], rules, workers=arguments.workers)
         for name, (inputs, rules) in sources.items()
     }
-    finish(reports, arguments.report)
 
 
 def finish(reports, report_path):

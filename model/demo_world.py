@@ -550,6 +550,10 @@ def instruction_row(number, turns):
     }
 
 
+HELDOUT_FILES = {name: f"{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")}
+HELDOUT_FILES |= {"pretrain": "pretrain.csv", "dpo": "dpo.json"}
+
+
 def write_heldout(dataset_directory, seed=0, tables=DEFAULT_DIRECTORY):
     """Write the held-out tests into `dataset_directory`/heldout and return {name: path}.
 
@@ -563,10 +567,9 @@ def write_heldout(dataset_directory, seed=0, tables=DEFAULT_DIRECTORY):
         "arithmetic": world.heldout_arithmetic(),
         "cloze": world.cloze(),
     }
-    paths = {name: directory / f"{name}.jsonl" for name in rows}
-    for name, path in paths.items():
-        write_lines(path, rows[name])
-    paths |= {"pretrain": directory / "pretrain.csv", "dpo": directory / "dpo.json"}
+    paths = {name: directory / file for name, file in HELDOUT_FILES.items()}
+    for name, lines in rows.items():
+        write_lines(paths[name], lines)
     write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
     write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
     return paths

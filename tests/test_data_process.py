@@ -113,6 +113,33 @@ def test_demo_builds_the_files_of_every_stage(tmp_path):
     assert (tmp_path / "pretrain_data.csv").stat().st_size > 2_000_000
 
 
+def test_demo_replaces_its_own_files_and_no_others(tmp_path):
+    def demo(*flags):
+        return run_script("data_process.py", "demo", "--output_dir", tmp_path, *flags)
+
+    own = tmp_path / "sft_data.csv"
+    own.write_text("history,q,a\n[],my,own\n")
+    assert_one_line_error(demo(), own, "not made by the demo", "--output_dir", "--overwrite")
+    assert own.read_text() == "history,q,a\n[],my,own\n" and list(tmp_path.iterdir()) == [own]
+    assert demo("--overwrite").returncode == 0 and "my,own" not in own.read_text()
+    again = demo()
+    assert again.returncode == 0, again.stderr
+    (tmp_path / "raw/demo_files.json").write_text("[")
+    assert_one_line_error(demo(), "demo_files.json", "damaged")
+    (tmp_path / "raw/demo_files.json").unlink()
+    assert_one_line_error(demo(), tmp_path / "pretrain_data.csv", "--overwrite")
+    assert demo("--overwrite").returncode == 0
+    with open(tmp_path / "heldout/facts.jsonl", "a") as handle:
+        handle.write("{}\n")
+    assert_one_line_error(demo(), tmp_path / "heldout/facts.jsonl", "changed since")
+
+
+def test_demo_in_its_usual_place_fills_the_exams_usual_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = subprocess.run([sys.executable, ROOT / "data_process.py", "demo", "--output_dir", "./dataset/"])
+    assert process.returncode == 0 and list(tmp_path.glob("ceval/ceval-exam/val/*.csv")) and not (tmp_path / "dataset/ceval-exam").exists()
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
