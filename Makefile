@@ -12,9 +12,12 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(RUN) -m pytest -q tests
 
-# The pictures of README.md; the loss curves are drawn from out/logs.
+# The diagrams of README.md, and the demo's loss curves as the last quickstart drew them.
 images: .venv/installed
-	$(RUN) images/draw_models.py
+	$(RUN) images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
+	$(RUN) images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
+	$(RUN) images/draw.py curves --output images/quickstart_loss.png --logs \
+	  $(addprefix out/quickstart/logs/,pretrain_192.jsonl single_chat_full_sft_192.jsonl multi_chat_full_sft_192.jsonl)
 
 benchmarks: .venv/installed
 	$(RUN) benchmarks/training.py

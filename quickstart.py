@@ -14,18 +14,27 @@ import sys
 import time
 from pathlib import Path
 
-from model.cli import UserError, run_main
+from model.cli import UserError, positive_int, run_main
 
-DATA, OUT = Path("dataset/demo"), Path("out/quickstart")
 MODEL = "--preset minimind-tiny --optimizer muon"
-STEPS = f"--eval_interval 1000 --save_interval 1000 --out_dir {OUT}"
-# Stage -> its command. Small batches: with few tokens to see, more steps teach more than smoother ones.
+# Stage -> its script, data and what it is trained with. Small batches: with few tokens to see, more steps teach more than
+# smoother ones. The last round learns slower, so that it forgets less of what the one before taught.
 STAGES = {
-    "pretrain": f"1-pretrain.py --data_path {DATA}/pretrain_data.csv {MODEL} --learning_rate 3e-3 --epochs 1",
-    "single": f"3-full_sft.py --data_path {DATA}/sft_data_single.csv {MODEL} --learning_rate 2e-3 --epochs 2",
-    "multi": f"3-full_sft.py --multi --data_path {DATA}/sft_data.csv {MODEL} --learning_rate 1.2e-3 --epochs 2",
+    "pretrain": ("1-pretrain.py", "pretrain_data.csv", "--learning_rate 3e-3 --epochs 1 --batch_size 8"),
+    "single": ("3-full_sft.py", "sft_data_single.csv", "--learning_rate 2e-3 --epochs 2 --batch_size 32"),
+    "multi": ("3-full_sft.py --multi", "sft_data.csv", "--learning_rate 1.2e-3 --epochs 2 --batch_size 16"),
 }
-BATCH = {"pretrain": "--batch_size 8 --max_seq_len 256", "single": "--batch_size 32", "multi": "--batch_size 16"}
+FILES = {"pretrain": "pretrain_192", "single": "single_chat/full_sft_192", "multi": "multi_chat/full_sft_192"}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, default=Path("dataset/demo"), help="default: %(default)s")
+    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
+    parser.add_argument(
+        "--max_steps", type=positive_int, help="stop each stage early and ask 20 questions a test: does every command work?"
+    )
+    return parser.parse_args()
 
 
 def run(command):
@@ -38,39 +47,51 @@ def run(command):
     return time.time() - began
 
 
-def accuracy(checkpoint, test):
-    """Share of a held-out test's questions that `checkpoint` answers right."""
-    command = f"2-eval.py --checkpoint {checkpoint} --prompt_file {DATA}/heldout/{test}.jsonl --json"
+def accuracy(checkpoint, test, max_steps):
+    """Share of the held-out questions in the file `test` that `checkpoint` answers right; of 20 of them if max_steps."""
+    if max_steps:
+        few = test.with_name(f"few_{test.name}")
+        few.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
+        test = few
+    command = f"2-eval.py --checkpoint {checkpoint} --prompt_file {test} --json --max_new_tokens 48"
     print(f"\n$ python {command}", flush=True)
     process = subprocess.run([sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise UserError(f"stopped: python {command}", exit_code=process.returncode)
-    print("\n".join(process.stdout.splitlines()[-8:-1]), flush=True)
-    return json.loads(process.stdout.splitlines()[-1])["accuracy"]
+    *table, result = process.stdout.splitlines()
+    print("\n".join(table), flush=True)
+    return json.loads(result)["accuracy"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    args = parse_arguments()
     os.chdir(Path(__file__).resolve().parent)
     started = float(os.environ.get("QUICKSTART_STARTED") or time.time())  # make's: the installation counts too
+    stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
-    run(f"data_process.py demo --output_dir {DATA}")
-    seconds = {stage: run(f"{command} {BATCH[stage]} {STEPS}") for stage, command in STAGES.items()}
-    files = {"pretrain": "pretrain_192", "single": "single_chat/full_sft_192", "multi": "multi_chat/full_sft_192"}
-    records = {stage: json.loads((OUT / f"{name}.json").read_text("utf-8")) for stage, name in files.items()}
+    run(f"data_process.py demo --output_dir {args.data_dir}")
+    seconds = {
+        stage: run(
+            f"{script} --data_path {args.data_dir / data} {MODEL} {flags} --eval_interval 1000 --save_interval 1000 "
+            f"--out_dir {args.out_dir}{stop}"
+        )
+        for stage, (script, data, flags) in STAGES.items()
+    }
+    records = {stage: json.loads((args.out_dir / f"{name}.json").read_text("utf-8")) for stage, name in FILES.items()}
     tokens = sum(record["tokens_seen"] for record in records.values())
 
-    chat = OUT / f"{files['multi']}.pth"
-    single = {test: accuracy(OUT / f"{files['single']}.pth", test) for test in ("facts", "multi_turn")}
-    final = {test: accuracy(chat, test) for test in ("facts", "arithmetic", "multi_turn")}
-    run(f"2-eval.py --checkpoint {chat} --temperature 0")
-    print(f"\nafter single-turn SFT: facts {single['facts']:.1%}, multi-turn {single['multi_turn']:.1%};", end=" ")
-    print(f"after multi-turn SFT: facts {final['facts']:.1%}, multi-turn {final['multi_turn']:.1%}")
+    single, chat = (args.out_dir / f"{FILES[stage]}.pth" for stage in ("single", "multi"))
+    tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
+    before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
+    after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}
+    run(f"2-eval.py --checkpoint {chat} --temperature 0 --max_new_tokens 48")
+    print(f"\n{'held-out accuracy':20s}{'single-turn SFT':>18s}{'multi-turn SFT':>18s}")
+    for name in tests:
+        print(f"{name:20s}{before[name]:18.1%}{after[name]:18.1%}")
     print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {chat} --interactive\n")
     result = {
-        "facts_heldout_accuracy": round(final["facts"], 4),
-        "multi_turn_accuracy": round(final["multi_turn"], 4),
+        "facts_heldout_accuracy": round(after["facts"], 4),
+        "multi_turn_accuracy": round(after["multi_turn"], 4),
         "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
         "seconds_train": round(sum(seconds.values()), 1),
         "seconds_total": round(time.time() - started, 1),

@@ -1,0 +1,115 @@
+"""Every command in the READMEs runs, in a copy of the repository and on models and data small enough for a test."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, TINY_FLAGS
+
+SMALL_TRAINING = [*TINY_FLAGS, "--max_steps", "2", "--batch_size", "2", "--accumulation_steps", "1"]
+SMALL_TRAINING += ["--dtype", "float32", "--eval_tokens", "64"]
+BRIEF = ["--max_new_tokens", "4"]
+# What makes a command small: flags appended to it (the last one of a kind counts).
+EXTRA = {
+    "1-pretrain.py": SMALL_TRAINING,
+    "3-full_sft.py": SMALL_TRAINING,
+    "0-eval_pretrain.py": BRIEF,
+    "2-eval.py": BRIEF,
+    "train_tokenizer.py": ["--vocab_size", "600", "--output_dir", "retrained"],
+    "benchmarks/training.py": ["--presets", "minimind-tiny", "--steps", "1", "--batch_size", "1", "--max_seq_len", "16"],
+    "benchmarks/decoding.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--repeats", "1"],
+    "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
+    "benchmarks/data_process.py": ["--megabytes", "1"],
+    "benchmarks/context_length.py": ["--tokens", "256"],
+}
+LEFT_OUT = ("--compile",)  # takes minutes
+
+
+def commands(name):
+    """The command lines of a README's bash blocks, in order."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository's scripts and package beside the raw files that the README speaks of."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in (*(path.name for path in ROOT.glob("*.py")), "model", "images", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "dataset" / "demo_world", folder / "dataset" / "demo_world")
+    subprocess.run([sys.executable, "data_process.py", "demo", "--output_dir", "made"], cwd=folder, check=True)
+    (folder / "raw").mkdir()
+    (folder / "made/raw/demo_pretrain.jsonl").rename(folder / "raw/pretrain.jsonl")
+    conversations = [(folder / f"made/raw/demo_sft_{kind}.jsonl").read_text("utf-8") for kind in ("single", "multi")]
+    (folder / "raw/sft.jsonl").write_text("".join(conversations), "utf-8")
+    (folder / "made/raw/demo_dpo.json").rename(folder / "raw/dpo.json")
+    return folder
+
+
+def small(words):
+    """`words` of a python command with what would be slow left out and what makes it small added."""
+    script, rest = words[0], [word for word in words[1:] if word not in LEFT_OUT]
+    return [script, *rest, *EXTRA.get(script, [])]
+
+
+def test_both_readmes_begin_with_the_two_commands_and_give_the_same_ones():
+    chinese, english = commands("README.md"), commands("README_en.md")
+    assert chinese[:2] == ["make quickstart", "make test"]
+    assert chinese == english
+
+
+def test_make_targets_exist():
+    targets = re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text("utf-8")).group(1).split()
+    assert {line.split()[1] for line in commands("README.md") if line.startswith("make ")} <= set(targets)
+    for target in targets:
+        process = subprocess.run(["make", target, "-n"], cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        for path in re.findall(r" (\w[\w/]*\.py)\b", process.stdout):
+            assert (ROOT / path).exists(), path
+
+
+def test_quickstart_goes_all_the_way(tmp_path):
+    command = [sys.executable, "quickstart.py", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out", "--max_steps", "2"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert set(result) == {
+        "facts_heldout_accuracy",
+        "multi_turn_accuracy",
+        "pretrain_val_bpb",
+        "seconds_train",
+        "seconds_total",
+        "tokens_per_second",
+    }
+    assert 0 <= result["facts_heldout_accuracy"] <= 1 and result["pretrain_val_bpb"] > 1
+
+
+def test_every_python_command_runs(copy):
+    lines = [line for line in commands("README.md") if line.startswith("python ")]
+    assert len(lines) > 10
+    for line in lines:
+        words = small(shlex.split(line.replace("out/multi_chat/full_sft_512", "out/multi_chat/full_sft_32"))[1:])
+        words = [word.replace("pretrain_512", "pretrain_32") for word in words]
+        interactive = "--interactive" in words
+        if words[0] in ("0-eval_pretrain.py", "2-eval.py") and "--checkpoint" not in words:
+            words += ["--dim", "32", "--n_layers", "2"]
+        if words[0] == "images/draw.py" and "curves" in words:
+            words = words[:2] + ["--logs", "out/logs/pretrain_32.jsonl", "--output", "loss.png"]
+        process = subprocess.run(
+            [sys.executable, *words], cwd=copy, capture_output=True, text=True, input="你好\n/exit\n" if interactive else ""
+        )
+        assert process.returncode == 0, f"{line}\n{process.stderr[-2000:]}"
+        if words[0].startswith("benchmarks/"):
+            json.loads(process.stdout.splitlines()[-1])
+
+
+def test_links_and_pictures_exist():
+    for name in ("README.md", "README_en.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
+            assert target.startswith("http") or (ROOT / target).exists(), f"{name}: {target}"
