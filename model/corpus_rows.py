@@ -87,7 +87,7 @@ def last_break(text, start, stop, marks):
 PAIR_FIELDS = (("q", "a"), ("instruction", "output"), ("question", "answer"), ("prompt", "response"))
 USER_ROLES, ASSISTANT_ROLES = ("user", "human", "prompter"), ("assistant", "gpt", "bot", "model")
 CHOSEN_FIELDS = ("chosen", "response_chosen", "chosen_response")
-REJECTED_FIELDS = ("rejected", "response_rejected", "rejected_response")
+REJECTED_FIELDS = ("rejected", "reject", "response_rejected", "rejected_response")
 CHINESE_NAMES = ("chinese", "zh", "zh-cn", "zh_cn", "cn", "中文")
 
 
