@@ -161,7 +161,7 @@ def draw_curves(logs):
         if not training:
             raise UserError(f"{path}: no step in it yet")
         axes.plot(*zip(*training), linewidth=1, label="training")
-        axes.plot([r["step"] for r in held_out], [r["validation_loss"] for r in held_out], "o-", label="held out")
+        axes.plot([r["step"] for r in held_out], [r["validation_loss"] for r in held_out], "o", label="held out")
         for record in held_out[:1] + held_out[-1:]:
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
             place = (record["step"], record["validation_loss"])
