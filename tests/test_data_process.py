@@ -188,7 +188,9 @@ def start(tmp_path, large_file):
     """A run with workers that has written part of its result."""
     command = [sys.executable, ROOT / "data_process.py", "pretrain", "--no_dedup", "--workers", "2", "--output", tmp_path / "out.csv",
                "--data_path", large_file]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A suite started in the background inherits "ignore Ctrl-C"; a terminal's children do not.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     for _ in range(2000):
         if any(file.stat().st_size > 1 << 20 for file in tmp_path.glob("out.csv.tmp-*")):
             return process
