@@ -22,7 +22,7 @@ MODEL = "--preset minimind-tiny --optimizer muon"
 STAGES = {
     "pretrain": ("1-pretrain.py", "pretrain_data.csv", "--learning_rate 3e-3 --epochs 1 --batch_size 8"),
     "single": ("3-full_sft.py", "sft_data_single.csv", "--learning_rate 2e-3 --epochs 2 --batch_size 32"),
-    "multi": ("3-full_sft.py --multi", "sft_data.csv", "--learning_rate 1.2e-3 --epochs 2 --batch_size 16"),
+    "multi": ("3-full_sft.py --multi", "sft_data.csv", "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16"),
 }
 FILES = {"pretrain": "pretrain_192", "single": "single_chat/full_sft_192", "multi": "multi_chat/full_sft_192"}
 
