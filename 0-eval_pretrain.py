@@ -9,7 +9,8 @@ A pretrained model goes on writing; it does not answer. Ask it questions after s
 
 import argparse
 
-from model.cli import add_inference_flags, run_main
+from model.cli import add_inference_flags
+from model.errors import run_main
 
 OPENINGS = ("中国的首都是", "长江是", "太阳从", "世界上最高的山峰是", "水是由", "从前，有一个小村庄，", "读书的好处是")
 
@@ -30,9 +31,10 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.demo_world import score_answer
-    from model.evaluation import check_prompts, measure_accuracy, print_accuracy, print_stream, read_questions
-    from model.generation import open_engine, sampling_parameters
+    from model.demo.world import score_answer
+    from model.evaluation.questions import check_prompts, measure_accuracy, print_accuracy, read_questions
+    from model.inference.chat import print_stream
+    from model.inference.open import open_engine, sampling_parameters
     from model.tokenizer import encode_text
 
     check_prompts(args.prompt or ())

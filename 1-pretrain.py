@@ -14,7 +14,8 @@ The loss starts at ln(6400) = 8.8 and falls to 3-4 on real text; bits per byte c
 
 import argparse
 
-from model.cli import add_model_flags, add_training_flags, run_main
+from model.cli import add_model_flags, add_training_flags
+from model.errors import run_main
 
 
 def parse_arguments():
@@ -34,25 +35,25 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model import distributed
-    from model.checkpoint import build_model
-    from model.dataset import describe_sample, open_pretrain_data
+    from model.build import build_model
+    from model.data.dataset import describe_sample, open_pretrain_data
     from model.tokenizer import load_tokenizer
-    from model.trainer import Trainer, build_optimizers, describe_model, language_model_loss, start
+    from model.training import ranks
+    from model.training.loop import Trainer, build_optimizers, describe_model, language_model_loss, start
 
     # Device, ranks, seed; then the tokenizer and a model of its vocabulary, fresh unless --init_from names a parent.
     device, dtype = start(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model, parent = build_model(args, tokenizer, args.init_from)
     model.to(device)
-    distributed.print_once(describe_model(model, device, dtype))
+    ranks.print_once(describe_model(model, device, dtype))
 
     # Documents of which one in a hundred is held out for validation, packed into rows without padding.
     train, validation = open_pretrain_data(
         args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed, cache_dir=args.cache_dir
     )
-    distributed.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
-    distributed.print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")
+    ranks.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
+    ranks.print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")
 
     # Every parameter learns, by the plain next-token loss.
     trainer = Trainer(
@@ -68,11 +69,11 @@ def main():
         parent=parent,
         loss_function=language_model_loss,
     )
-    distributed.print_once(trainer.describe())
+    ranks.print_once(trainer.describe())
     if args.resume:
         trainer.resume()
     if trainer.train():
-        distributed.print_once(
+        ranks.print_once(
             f"{trainer.path} is written; see what it learned:  python 0-eval_pretrain.py --checkpoint {trainer.path}\n"
             f"next stage:  python 3-full_sft.py --init_from {trainer.path}"
         )

@@ -11,7 +11,8 @@ Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the sing
 import argparse
 import sys
 
-from model.cli import UserError, add_inference_flags, non_negative_int, run_main
+from model.cli import add_inference_flags, non_negative_int
+from model.errors import UserError, run_main
 
 QUESTIONS = (
     "你知道长江吗？",
@@ -48,15 +49,14 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation import (
-        chat_prompt,
+    from model.evaluation.questions import (
         check_prompts,
         measure_accuracy,
         print_accuracy,
-        print_stream,
         read_questions,
     )
-    from model.generation import open_engine, sampling_parameters
+    from model.inference.chat import chat_prompt, print_stream
+    from model.inference.open import open_engine, sampling_parameters
 
     check_prompts(args.prompt or ())
     if args.prompt_file:
@@ -90,7 +90,7 @@ def recent(history, count):
 
 def converse(engine, parameters, remembered):
     """Questions from the terminal until /exit, Ctrl-D or Ctrl-C; Ctrl-C during an answer stops only the answer."""
-    from model.evaluation import chat_prompt, print_stream
+    from model.inference.chat import chat_prompt, print_stream
 
     sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
     print("/clear forgets the conversation, /exit leaves")

@@ -15,7 +15,8 @@ The loss, over the answers alone, starts near the pretraining loss and soon fall
 
 import argparse
 
-from model.cli import add_model_flags, add_training_flags, run_main
+from model.cli import add_model_flags, add_training_flags
+from model.errors import run_main
 
 
 def parse_arguments():
@@ -40,11 +41,11 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model import distributed
-    from model.checkpoint import build_model, default_parent
-    from model.dataset import describe_sample, open_sft_data
+    from model.build import build_model, default_parent
+    from model.data.dataset import describe_sample, open_sft_data
     from model.tokenizer import load_tokenizer
-    from model.trainer import Trainer, build_optimizers, describe_model, language_model_loss, start
+    from model.training import ranks
+    from model.training.loop import Trainer, build_optimizers, describe_model, language_model_loss, start
 
     # Device, ranks, seed; then the tokenizer and the weights of the stage before, whose shape wins over the preset.
     device, dtype = start(args)
@@ -52,8 +53,8 @@ def main():
     parent_stage, script = ("single_chat/full_sft", "3-full_sft.py") if args.multi else ("pretrain", "1-pretrain.py")
     model, parent = build_model(args, tokenizer, args.init_from or default_parent(args, parent_stage, script))
     model.to(device)
-    distributed.print_once(describe_model(model, device, dtype))
-    distributed.print_once(f"weights from {parent['file']}")
+    ranks.print_once(describe_model(model, device, dtype))
+    ranks.print_once(f"weights from {parent['file']}")
 
     # Conversations, batched by length; labels mark the assistant's turns.
     train, validation = open_sft_data(
@@ -64,8 +65,8 @@ def main():
         last_turn_only=args.last_turn_only,
         cache_dir=args.cache_dir,
     )
-    distributed.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
-    distributed.print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
+    ranks.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
+    ranks.print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 
     # Every parameter learns, by the next-token loss of the labelled tokens.
     trainer = Trainer(
@@ -82,13 +83,13 @@ def main():
         identity={"--last_turn_only": args.last_turn_only},
         loss_function=language_model_loss,
     )
-    distributed.print_once(trainer.describe())
+    ranks.print_once(trainer.describe())
     if args.resume:
         trainer.resume()
     if trainer.train():
         following = "" if args.multi else f"\nnext round:  python 3-full_sft.py --multi --init_from {trainer.path}"
         talk = f"python 2-eval.py --checkpoint {trainer.path}"
-        distributed.print_once(f"{trainer.path} is written; talk to it:  {talk}{following}")
+        ranks.print_once(f"{trainer.path} is written; talk to it:  {talk}{following}")
     trainer.close()
 
 

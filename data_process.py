@@ -16,9 +16,9 @@ import os
 import signal
 from pathlib import Path
 
-from model.cli import UserError, run_main
-from model.corpus import process_corpus
-from model.corpus_rows import ConversationRules, PreferenceRules, PretrainRules
+from model.data.corpus import process_corpus
+from model.data.filters import ConversationRules, PreferenceRules, PretrainRules
+from model.errors import UserError, run_main
 from model.files import atomic_write, expand_paths
 
 MOST_WORKERS = 4  # unless asked for: more wait for the one process that writes, and each needs 50 MB
@@ -171,7 +171,7 @@ class DemoFiles:
 
 def build_demo(arguments):
     """Build the built-in world, but not over files of another origin."""
-    from model.demo_world import HELDOUT_FILES
+    from model.demo.world import HELDOUT_FILES
 
     heldout = [f"heldout/{name}" for name in HELDOUT_FILES.values()]
     files = DemoFiles(Path(arguments.output_dir), [*sum(OUTPUTS.values(), ()), *heldout])
@@ -187,7 +187,7 @@ def build_demo(arguments):
 
 def write_demo(arguments):
     """Write the built-in world as raw corpora and send them the way of all data; tests and exam go out as they are."""
-    from model.demo_world import write_exam, write_heldout, write_raw_files
+    from model.demo.world import write_exam, write_heldout, write_raw_files
 
     directory = Path(arguments.output_dir)
     raw = write_raw_files(directory / "raw", arguments.seed)

@@ -14,7 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from model.cli import UserError, positive_int, run_main
+from model.cli import positive_int
+from model.errors import UserError, run_main
 
 MODEL = "--preset minimind-tiny --optimizer muon"
 # Stage -> its script, data and what it is trained with. Small batches: with few tokens to see, more steps teach more than

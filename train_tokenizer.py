@@ -27,9 +27,10 @@ import signal
 import sys
 from pathlib import Path
 
-from model.cli import UserError, non_negative_int, positive_int, run_main
+from model.cli import non_negative_int, positive_int
+from model.data.rows import RowReport, iter_records
+from model.errors import UserError, run_main
 from model.files import COMPRESSED_SUFFIXES, expand_paths, open_binary
-from model.records import RowReport, iter_records
 from model.tokenizer import DEFAULT_TOKENIZER_PATH, ROLES, SPECIAL_TOKENS, byte_characters, save_tokenizer
 
 DEFAULT_INPUTS = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_data.csv")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model.cli import UserError, positive_int, run_main  # noqa: E402
+from model.cli import positive_int  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
 
 
 def parse_arguments():
@@ -30,7 +31,7 @@ def main():
     from tqdm import tqdm
 
     from model.checkpoint import load_model
-    from model.records import iter_records
+    from model.data.rows import iter_records
     from model.tokenizer import encode_text, load_tokenizer
 
     tokenizer = load_tokenizer()

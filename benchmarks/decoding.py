@@ -17,7 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from model.cli import UserError, positive_int, run_main  # noqa: E402
+from model.cli import positive_int  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
 
 
 def parse_arguments():
@@ -36,7 +37,8 @@ def contenders(args, config, dtype, device):
     import torch
     from training import stock_llama
 
-    from model.generation import Engine, SamplingParameters
+    from model.inference.engine import Engine
+    from model.inference.sampling import SamplingParameters
     from model.model import Transformer
 
     parameters = SamplingParameters(temperature=0.0, max_new_tokens=args.new_tokens, stop_token_ids=())
@@ -78,7 +80,7 @@ def main():
     args = parse_arguments()
     import torch
 
-    from model.distributed import select_device
+    from model.device import select_device
     from model.LMConfig import preset_config
 
     device = select_device(args.device)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model.cli import UserError, positive_int, run_main
+from model.cli import positive_int
+from model.errors import UserError, run_main
 
 
 def parse_arguments():
@@ -33,7 +34,7 @@ def parse_arguments():
 
 
 def read_texts(path, size):
-    from model.records import iter_records
+    from model.data.rows import iter_records
 
     texts, taken = [], 0
     for record in iter_records(path, ("text",)):
@@ -55,7 +56,7 @@ def made_up_texts(tokenizer, size):
 
 def main():
     args = parse_arguments()
-    from model.token_cache import PretrainEncoding, open_token_cache
+    from model.data.token_cache import PretrainEncoding, open_token_cache
     from model.tokenizer import DEFAULT_TOKENIZER_PATH, load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer_path or DEFAULT_TOKENIZER_PATH)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model.cli import UserError, positive_int, run_main  # noqa: E402
+from model.cli import positive_int  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
 
 
 def parse_arguments():
@@ -57,7 +58,7 @@ def make_step(model, batch, device, dtype, compiled, **arguments):
     """A function that trains `model` by one step on `batch`, token ids [B, T], and returns when the device is done."""
     import torch
 
-    from model.distributed import autocast
+    from model.device import autocast
 
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -92,10 +93,10 @@ def main():
     args = parse_arguments()
     import torch
 
-    from model.distributed import select_device, select_dtype
+    from model.device import select_device, select_dtype
     from model.LMConfig import preset_config
     from model.model import Transformer
-    from model.trainer import flops_per_token, peak_flops
+    from model.training.loop import flops_per_token, peak_flops
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)

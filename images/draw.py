@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.cli import UserError, run_main  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
 from model.files import atomic_write  # noqa: E402
 
 NORM, MIX, FEED, ROUTE, EDGE = "#fde9c9", "#cfe3f7", "#d5efd3", "#f3d3e2", "#444444"

@@ -1,1 +1,0 @@
-"""MiniMind's shared package: everything the numbered scripts have in common."""

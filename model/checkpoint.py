@@ -11,23 +11,20 @@ import inspect
 import json
 import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
 import transformers
 
-from model import distributed
-from model.cli import SHAPE_FLAGS, UserError, model_overrides
+from model.errors import UserError, warn
 from model.files import atomic_write
-from model.LMConfig import PRESETS, LMConfig, preset_config
+from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer
 from model.tokenizer import DEFAULT_TOKENIZER_PATH, tokenizer_hash
 
 CONFIG_FIELDS = tuple(name for name in inspect.signature(LMConfig).parameters if name != "kwargs")
 # May change without changing what a weight means; every other field of a checkpoint is what it is.
 FREE_FIELDS = ("max_seq_len", "dropout", "flash_attn", "rope_scaling", "aux_loss_alpha", "seq_aux")
-DEFAULT_PRESET = "minimind-v1-small"
 
 
 def checkpoint_path(out_dir, stage, config):
@@ -146,7 +143,7 @@ def load_model(path, **config_overrides):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
     if metadata and metadata.get("weights_sha256") not in (None, file_sha256(path)):
-        print(f"warning: {path} is not the file its .json describes (changed or half replaced)", file=sys.stderr)
+        warn(f"{path} is not the file its .json describes (changed or half replaced)")
     model = Transformer(config)
     load_weights(model, state, path)
     return model, metadata
@@ -209,63 +206,7 @@ def check_tokenizer(tokenizer, path, model, metadata):
         raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; correct --tokenizer_path")
     known = metadata.get("tokenizer_hash")
     if known is None and Path(tokenizer.name_or_path).resolve() == DEFAULT_TOKENIZER_PATH.resolve():
-        if distributed.is_main():
-            reason = "cannot tell which tokenizer it was trained with, using the one shipped here"
-            way_out = "v1's published weights need v1's own tokenizer folder (--tokenizer_path)"
-            print(f"warning: {path}: {reason}; {way_out}", file=sys.stderr)
+        reason = "cannot tell which tokenizer it was trained with, using the one shipped here"
+        warn(f"{path}: {reason}; v1's published weights need v1's own tokenizer folder (--tokenizer_path)")
     if known not in (None, tokenizer_hash(tokenizer)):
         raise UserError(f"{path}: was trained with another tokenizer of the same size; give the right --tokenizer_path")
-
-
-def requested_config(args):
-    """LMConfig of --preset with the explicit model flags put over it. Raises UserError for an impossible shape."""
-    preset = args.preset or DEFAULT_PRESET
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: no such preset; choose one of {', '.join(PRESETS)}", exit_code=2)
-    try:
-        return preset_config(preset, **model_overrides(args))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
-
-def build_model(args, tokenizer, parent=None):
-    """(model, parent's .json entry or None): fresh from the flags, or the weights of `parent` (--init_from).
-
-    A fresh model takes its vocabulary size from the tokenizer. A parent's shape wins over the default preset;
-    a model flag or preset that was given and contradicts it raises UserError, as does another tokenizer, and a preset
-    that was given but has another number of words.
-    """
-    config = requested_config(args)
-    if parent is None:
-        check_preset_words(args, config, len(tokenizer))
-        config.vocab_size = len(tokenizer)
-        return Transformer(config), None
-    asked = model_overrides(args)
-    if args.preset:
-        asked.update({name: getattr(config, name) for name in SHAPE_FLAGS})
-    if config.use_moe and "n_shared_experts" in PRESETS.get(args.preset, ()):
-        asked["n_shared_experts"] = config.n_shared_experts
-    model, metadata = load_model(parent, **asked)
-    check_tokenizer(tokenizer, parent, model, metadata)
-    check_preset_words(args, config, len(tokenizer))
-    return model, {"file": str(parent), "sha256": file_sha256(parent)}
-
-
-def check_preset_words(args, config, words):
-    """UserError when --preset was given and names a vocabulary of another size than the tokenizer's `words`."""
-    if args.preset and config.vocab_size != words:
-        raise UserError(
-            f"--preset {args.preset}: has {config.vocab_size} words but the tokenizer {words}; give its tokenizer with "
-            "--tokenizer_path, or the shape by --dim, --n_layers and so on instead of --preset"
-        )
-
-
-def default_parent(args, stage, script):
-    """The checkpoint that an earlier stage wrote for the shape in the flags. Raises UserError when there is none."""
-    path = checkpoint_path(args.out_dir, stage, requested_config(args))
-    if not path.is_file():
-        others = path.parent.glob(f"{Path(stage).name}_*.pth")
-        found = sorted(str(other) for other in others if other.suffixes == [".pth"])
-        others = f" (there is {', '.join(found)})" if found else ""
-        raise UserError(f"{path}: no such checkpoint; run {script} first, or name another with --init_from{others}")
-    return path

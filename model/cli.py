@@ -1,41 +1,11 @@
-"""What the command lines share: flags and the one way an error reaches the user. Imports nothing heavy."""
+"""What the command lines share: flags and their types. Imports nothing heavy."""
 
 import argparse
-import errno
 import os
 import shlex
 import sys
 
-# Flags that decide which weights exist; a parent checkpoint's values win unless one is given explicitly.
-SHAPE_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class UserError(Exception):
-    """Something the user can mend: one line naming file, line or flag and the way out. exit_code 2: wrong usage."""
-
-    def __init__(self, message, exit_code=1):
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def run_main(main):
-    """Run a script's main() and end the process: UserError and a full disk become one line on stderr, no traceback."""
-    try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        message, code = str(error), error.exit_code
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough: nobody is left to tell anything
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in FULL_DISK + (errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-            raise
-        message, code = f"{error.filename or 'output'}: {error.strerror}", 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+from model.tokenizer import DEFAULT_TOKENIZER_PATH
 
 
 def positive_int(text):
@@ -77,8 +47,6 @@ def add_model_flags(parser):
 
 def add_training_flags(parser, *, data_path, learning_rate, epochs, wandb_project):
     """The flags of every training stage, with this stage's defaults."""
-    from model.tokenizer import DEFAULT_TOKENIZER_PATH  # here, because model.tokenizer imports this module
-
     data = parser.add_argument_group("data and checkpoints")
     data.add_argument("--data_path", default=data_path, help="training rows, .csv or .jsonl (default: %(default)s)")
     data.add_argument(
@@ -219,11 +187,6 @@ def add_inference_flags(parser):
     machine.add_argument(
         "--compile", action="store_true", help="torch.compile the decoding step: slow start, faster tokens"
     )
-
-
-def model_overrides(args, names=SHAPE_FLAGS + ("max_seq_len", "dropout")):
-    """The model flags given on the command line, as a dict; one that the script does not have is not given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
 
 def command_line(*extra, without=None):

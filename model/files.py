@@ -8,7 +8,7 @@ import lzma
 import os
 from pathlib import Path
 
-from model.cli import UserError
+from model.errors import UserError
 
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 

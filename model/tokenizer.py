@@ -15,7 +15,7 @@ import json
 import weakref
 from pathlib import Path
 
-from model.cli import UserError
+from model.errors import UserError
 from model.files import atomic_write
 
 DEFAULT_TOKENIZER_PATH = Path(__file__).parent / "minimind_tokenizer"

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY
 
+from conftest import TINY
 from model import checkpoint
 from model.checkpoint import check_tokenizer, load_model, resume_path, save_checkpoint
-from model.cli import UserError
+from model.errors import UserError
 from model.LMConfig import LMConfig, preset_config
 from model.model import Transformer
 from model.tokenizer import load_tokenizer

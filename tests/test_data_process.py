@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import ROOT, assert_one_line_error, run_script
 
 TEXTS = [f"第{number}篇：天地玄黄，宇宙洪荒。" for number in range(200)]

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line_error, run_script
 
+from conftest import ROOT, assert_one_line_error, run_script
 from model.checkpoint import save_checkpoint
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -141,14 +141,14 @@ def test_a_file_with_answers_gives_accuracy_by_task_and_json(run, tmp_path):
 
 
 def test_right_answers_are_counted_as_right(monkeypatch):
-    from model import evaluation
+    from model.evaluation import questions as evaluation
 
     class Answers:
         def generate(self, prompts, parameters, on_finish):
             assert parameters.temperature == 0
             return [type("Request", (), {"text": text}) for text in ("省会是石家庄。", "不知道。", "广州。")]
 
-    from model.generation import SamplingParameters
+    from model.inference.sampling import SamplingParameters
 
     rows = [
         {"q": "河北的省会是哪里？", "answer": "石家庄", "task": "a"},
@@ -175,7 +175,7 @@ def test_a_text_file_of_questions_is_answered_line_by_line(run, tmp_path):
 
 def prompts_seen(monkeypatch):
     """Texts of all prompts that reach the engine."""
-    from model.generation import Engine
+    from model.inference.engine import Engine
 
     seen, add = [], Engine.add
 
@@ -224,7 +224,7 @@ def test_a_question_too_long_does_not_end_the_conversation(run, monkeypatch):
 
 
 def test_ctrl_c_during_an_answer_stops_only_the_answer(run, monkeypatch):
-    from model.generation import Engine
+    from model.inference.engine import Engine
 
     step, calls = Engine.step, []
 

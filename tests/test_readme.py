@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT, TINY_FLAGS
 
 SMALL_TRAINING = [*TINY_FLAGS, "--max_steps", "2", "--batch_size", "2", "--accumulation_steps", "1"]

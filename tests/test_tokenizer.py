@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
-from model.cli import UserError
+from model.errors import UserError
 from model.tokenizer import (
     CHAT_TEMPLATE,
     DEFAULT_TOKENIZER_PATH,

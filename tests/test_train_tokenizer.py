@@ -10,7 +10,14 @@ import pytest
 
 import train_tokenizer
 from conftest import assert_one_line_error, run_script
-from model.tokenizer import SPECIAL_TOKENS, encode_text, load_tokenizer, render_conversation, token_bytes, tokenizer_hash
+from model.tokenizer import (
+    SPECIAL_TOKENS,
+    encode_text,
+    load_tokenizer,
+    render_conversation,
+    token_bytes,
+    tokenizer_hash,
+)
 
 CHARACTERS = [chr(0x4E00 + index) for index in range(400)]
 WORDS = ["".join(random.Random(seed).choices(CHARACTERS, k=2)) for seed in range(300)]

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_FLAGS, assert_one_line_error, run_script
 
+from conftest import ROOT, TINY_FLAGS, assert_one_line_error, run_script
 from model.checkpoint import load_model
 
 COMMON = [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--learning_rate", "1e-3"]

@@ -24,9 +24,9 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from model.cli import UserError
-from model.corpus_rows import DROP_RULES, BadRow, Dropped, chinese_share
-from model.deduplication import DuplicateFilter, band_shape, minhash_bands
+from model.data.deduplication import DuplicateFilter, band_shape, minhash_bands
+from model.data.filters import DROP_RULES, BadRow, Dropped, chinese_share
+from model.errors import UserError
 from model.files import COMPRESSED_SUFFIXES, atomic_write, open_binary
 
 BLOCK_BYTES = 1 << 20

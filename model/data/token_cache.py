@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from model.cli import FULL_DISK, UserError
+from model.data.rows import RowReport, iter_records
+from model.errors import FULL_DISK, UserError
 from model.files import sync_directory
-from model.records import RowReport, iter_records
 from model.tokenizer import ROLES, encode_texts, render_conversation, tokenizer_hash
 
 FORMAT_VERSION = 1

@@ -7,20 +7,19 @@ import pickle
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_records import texts, write_csv
+from test_rows import texts, write_csv
 
-from model import token_cache
-from model.cli import UserError
-from model.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
+from conftest import ROOT
+from model.data import token_cache
+from model.data.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
+from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = load_tokenizer()
 
 
@@ -47,7 +46,7 @@ def test_round_trip(tmp_path_factory, values):
 
 
 def test_many_blocks_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.token_cache.BLOCK_CHARACTERS", 50)
+    monkeypatch.setattr("model.data.token_cache.BLOCK_CHARACTERS", 50)
     values = [f"第{number}句" * (number % 7 + 1) for number in range(500)]
     cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value] for value in values]))
     assert documents(cache) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
@@ -87,7 +86,7 @@ def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
 
 
 def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.token_cache.HASHED_PIECE", 10)
+    monkeypatch.setattr("model.data.token_cache.HASHED_PIECE", 10)
     path, hashes = tmp_path / "a", set()
     for position in range(35):
         content = bytearray(35)
@@ -100,9 +99,9 @@ def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]])
     first = open_pretrain(path)
-    monkeypatch.setattr("model.token_cache._build", lambda *arguments: pytest.fail("built twice"))
+    monkeypatch.setattr("model.data.token_cache._build", lambda *arguments: pytest.fail("built twice"))
     monkeypatch.setattr(
-        "model.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
+        "model.data.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
     )
     again = open_pretrain(path)
     assert documents(again) == documents(first)
@@ -142,7 +141,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
         raise OSError(code, os.strerror(code))
 
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
-    monkeypatch.setattr("model.token_cache._write_arrays", fail)
+    monkeypatch.setattr("model.data.token_cache._write_arrays", fail)
     with pytest.raises(UserError, match=f"{word}.*--cache_dir"):
         open_pretrain(path, tmp_path / "elsewhere")
     assert entries(tmp_path / "elsewhere") == []
@@ -165,7 +164,7 @@ def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
 
 BUILD = """
 import os, sys, time
-from model import token_cache
+from model.data import token_cache
 from model.tokenizer import load_tokenizer
 step, path, go = sys.argv[1:]
 function = getattr(token_cache, step)
@@ -239,12 +238,12 @@ def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
     write, other = token_cache._write_arrays, []
 
     def write_after_another(*arguments):
-        monkeypatch.setattr("model.token_cache._write_arrays", write)
+        monkeypatch.setattr("model.data.token_cache._write_arrays", write)
         other.append(open_pretrain(path).folder)
         return write(*arguments)
 
-    monkeypatch.setattr("model.token_cache.fcntl.flock", no_locks)
-    monkeypatch.setattr("model.token_cache._write_arrays", write_after_another)
+    monkeypatch.setattr("model.data.token_cache.fcntl.flock", no_locks)
+    monkeypatch.setattr("model.data.token_cache._write_arrays", write_after_another)
     assert [open_pretrain(path).folder] == other == entries(tmp_path / ".cache")
 
 

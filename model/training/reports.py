@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from model.cli import UserError
+from model.errors import UserError
 from model.files import atomic_write
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from model.cli import UserError
+from model.errors import UserError
 from model.files import COMPRESSED_SUFFIXES, open_binary
 
 LONGEST_FIELD = 1 << 28  # characters; the csv module's default of 131,072 is shorter than many a document

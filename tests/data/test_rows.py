@@ -11,8 +11,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cli import UserError
-from model.records import RowReport, iter_records
+from model.data.rows import RowReport, iter_records
+from model.errors import UserError
 
 NASTY = [
     "NA",

@@ -3,12 +3,10 @@
 import collections
 import dataclasses
 import json
-import sys
 
-from model.cli import UserError
-from model.demo_world import score_answer
+from model.demo.world import score_answer
+from model.errors import UserError
 from model.files import open_binary
-from model.generation import conversation_prompt
 
 
 def read_questions(path, question):
@@ -56,36 +54,6 @@ def check_prompts(texts):
 
 def is_exchange(pair):
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-
-
-def as_messages(history, question):
-    """Earlier exchanges [question, answer] and the question now asked, as messages with roles."""
-    messages = []
-    for asked, answered in history:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return messages + [{"role": "user", "content": question}]
-
-
-def chat_prompt(engine, history, question, parameters):
-    """Token ids that ask `question` after `history`; says so on stderr when older exchanges do not fit the context."""
-    messages = as_messages(history, question)
-    ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
-    if dropped:
-        print(
-            f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out",
-            file=sys.stderr,
-        )
-    return ids
-
-
-def print_stream(engine, prompt_ids, parameters):
-    """Print the answer while it is being written; returns its text."""
-    parts = []
-    for delta in engine.stream(prompt_ids, parameters):
-        print(delta.text, end="", flush=True)
-        parts.append(delta.text)
-    print()
-    return "".join(parts)
 
 
 def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):

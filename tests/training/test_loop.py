@@ -8,13 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_FLAGS
 
-from model import distributed, trainer
-from model.checkpoint import build_model
-from model.cli import UserError, add_model_flags, add_training_flags
-from model.dataset import open_pretrain_data, open_sft_data
-from model.trainer import Trainer, build_optimizers, language_model_loss, learning_rate_factor, measure, start
+from conftest import TINY_FLAGS
+from model import device
+from model.build import build_model
+from model.cli import add_model_flags, add_training_flags
+from model.data.dataset import open_pretrain_data, open_sft_data
+from model.errors import UserError
+from model.training import loop as trainer
+from model.training.loop import Trainer, build_optimizers, language_model_loss, learning_rate_factor, measure, start
 
 
 @pytest.fixture
@@ -595,13 +597,13 @@ def test_wandb_gets_the_numbers_and_is_offline_without_a_key(pretrain_csv, tmp_p
 @pytest.mark.parametrize("flag, code", [("nonsense", 2), ("cuda:99", 1)])
 def test_wrong_device_is_one_line(flag, code):
     with pytest.raises(UserError, match=f"--device {flag}") as caught:
-        distributed.select_device(flag)
+        device.select_device(flag)
     assert caught.value.exit_code == code
 
 
 def test_dtype_names():
     cpu = torch.device("cpu")
-    assert distributed.select_dtype("float16", cpu) == torch.float16
-    assert distributed.select_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
+    assert device.select_dtype("float16", cpu) == torch.float16
+    assert device.select_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
     with pytest.raises(UserError, match="--dtype int8"):
-        distributed.select_dtype("int8", cpu)
+        device.select_dtype("int8", cpu)

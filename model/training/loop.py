@@ -19,12 +19,15 @@ import numpy
 import torch
 from torch import nn
 
-from model import distributed
 from model.checkpoint import checkpoint_path, file_sha256, load_weights, read_tensors, resume_path, save_checkpoint
-from model.cli import FULL_DISK, UserError, command_line
-from model.dataset import BatchLoader, ResumableSampler, token_byte_lengths
-from model.run_log import RunLog, duration, start_wandb
+from model.cli import command_line
+from model.data.dataset import token_byte_lengths
+from model.data.loader import BatchLoader, ResumableSampler
+from model.device import autocast, check_compiler, select_device, select_dtype
+from model.errors import FULL_DISK, UserError, warn
 from model.tokenizer import tokenizer_hash
+from model.training import ranks
+from model.training.reports import RunLog, duration, start_wandb
 
 # Dense 16-bit tensor-core peaks in FLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
 # matches whole words of a device's name counts. "$" leaves out the Ti, SUPER, D and Laptop cards.
@@ -60,16 +63,16 @@ STEPS_FLAG = "--epochs or --max_steps"
 
 def start(args):
     """Device, ranks, seed: returns (torch.device, torch.dtype) and fills in the batch size the user left open."""
-    device = distributed.select_device(args.device)
-    distributed.initialise(device)
-    dtype = distributed.select_dtype(args.dtype, device)
+    device = select_device(args.device)
+    ranks.initialise(device)
+    dtype = select_dtype(args.dtype, device)
     if args.batch_size is None:
         args.batch_size = 64 if device.type == "cuda" else 8
-        rows = args.batch_size * distributed.world_size()
+        rows = args.batch_size * ranks.world_size()
         args.accumulation_steps = args.accumulation_steps or max(1, ROWS_PER_STEP // rows)
     args.accumulation_steps = args.accumulation_steps or 1
     args.muon_learning_rate = 10 * args.learning_rate if args.muon_learning_rate is None else args.muon_learning_rate
-    seed = args.seed + distributed.rank()
+    seed = args.seed + ranks.rank()
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -170,8 +173,8 @@ def make_loaders(train, validation, args, device):
             len(dataset),
             args.batch_size,
             seed=args.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
             lengths=dataset.lengths,
         )
         loaders.append(BatchLoader(dataset, sampler, args.num_workers, pin_memory=device.type == "cuda"))
@@ -190,7 +193,7 @@ def measure(batch, byte_lengths):
 
 def compile_model(model, device, dynamic):
     """torch.compile; dynamic: row lengths vary from batch to batch, so one kernel must serve them all."""
-    distributed.check_compiler(device)
+    check_compiler(device)
     return torch.compile(model, dynamic=True if dynamic else None)
 
 
@@ -246,7 +249,7 @@ class StopRequest:
 class Trainer:
     """Trains `model` in place by `optimizers` and keeps its checkpoint and logs.
 
-    model: on `device` already. train, validation: datasets (see model.dataset; validation may be empty). stage: the
+    model: on `device` already. train, validation: datasets (see model.data.dataset; validation may be empty). stage: the
     checkpoint's name without dim, such as "single_chat/full_sft". parent: {"file", "sha256"} of the weights it starts
     from. identity: further {flag: value} that decide what is learned from the data. loss_function: see
     language_model_loss.
@@ -260,7 +263,7 @@ class Trainer:
         self.stage, self.device, self.dtype = stage, device, dtype
         self.parent, self.loss_function = parent, loss_function
         self.path = checkpoint_path(args.out_dir, stage, model.config)
-        self.runner = distributed.wrap(model, device)
+        self.runner = ranks.wrap(model, device)
         if args.compile:
             self.runner = compile_model(self.runner, device, dynamic=train.lengths is not None)
         # float16 alone needs scaling: its smallest numbers swallow gradients that bfloat16 keeps.
@@ -305,7 +308,7 @@ class Trainer:
     def describe(self):
         """One line: rows, what a step is, how many of them."""
         args, steps = self.args, self.steps_per_epoch
-        rows = args.batch_size * distributed.world_size()
+        rows = args.batch_size * ranks.world_size()
         train, validation = len(self.train_loader.dataset), len(self.validation_loader.dataset)
         return (
             f"data: {train:,} rows to train on, {validation:,} to validate; "
@@ -324,7 +327,7 @@ class Trainer:
             "--max_seq_len": config.max_seq_len,
             "--seed": args.seed,
             "--optimizer": args.optimizer,
-            "the number of processes": distributed.world_size(),
+            "the number of processes": ranks.world_size(),
             **identity,
         }
         free = {f"--{name}": getattr(args, name) for name in ("learning_rate", "weight_decay", "grad_clip", "compile")}
@@ -354,7 +357,7 @@ class Trainer:
                     group.update(own)  # rates and decay as the flags of this run say
             self.scaler.load_state_dict(state["scaler"])
             self.train_loader.load_state_dict(state["loader"])
-            restore_random_state(state["random"][distributed.rank()], self.device)
+            restore_random_state(state["random"][ranks.rank()], self.device)
             self.progress.update(state["progress"])
             self.parent, self.saved_step = state["parent"], self.step
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -381,11 +384,11 @@ class Trainer:
 
         Raises UserError for a loss that is not finite (before it reaches the weights) and for a disk that is full.
         """
-        if not self.step and self.path.exists() and distributed.is_main():
+        if not self.step and self.path.exists() and ranks.is_main():
             warn(f"{self.path} exists and will be replaced by this run (--resume would go on from it)")
         run_name = f"{self.stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(self.stage).name + '_')}"
         log_path = Path(self.args.out_dir) / "logs" / f"{run_name}.jsonl"
-        main = distributed.is_main()
+        main = ranks.is_main()
         wandb_run = start_wandb(self.args, run_name, vars(self.args)) if self.args.use_wandb and main else None
         self.log = RunLog(log_path, self.step, self.total_steps, wandb_run, active=main)
         self.first_step, self.steady_since = self.step, None
@@ -398,17 +401,17 @@ class Trainer:
                 if not self.stopping:
                     self.run_steps()
             else:
-                distributed.print_once(f"nothing left to do: {self.step:,} of {self.total_steps:,} steps are done")
+                ranks.print_once(f"nothing left to do: {self.step:,} of {self.total_steps:,} steps are done")
         if self.stopping:
             way_on = command_line("--resume", without="--stop_after" if self.stop_is_due else None)
             progress = f"step {self.step:,} of {self.total_steps:,}"
-            distributed.print_once(f"stopped and saved at {progress}; to go on: {way_on}")
+            ranks.print_once(f"stopped and saved at {progress}; to go on: {way_on}")
         return not self.stopping
 
     def close(self):
         """Leave the process group, if there is one; nothing can be trained or asked of other ranks afterwards."""
         self.runner = None
-        distributed.shut_down()
+        ranks.shut_down()
 
     def run_steps(self):
         """From the current step to the last one, with reports, validation and saves where they are due."""
@@ -450,7 +453,7 @@ class Trainer:
         counts = [measure(batch, self.byte_lengths) for batch in batches]
         flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
         sums = [sum(column) for column in zip(*counts)][:4] + [flops]
-        items, rows, tokens, size, flops = distributed.sum_over_ranks(sums, self.device)
+        items, rows, tokens, size, flops = ranks.sum_over_ranks(sums, self.device)
         factor = learning_rate_factor(self.step, self.total_steps, self.warmup_steps)
         for optimizer, rates in zip(self.optimizers, self.peak_rates):
             for group, rate in zip(optimizer.param_groups, rates):
@@ -472,14 +475,14 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         # A tensor, for a number would be compiled into the graph.
         num_items = torch.tensor(items, dtype=torch.float32, device=self.device)
-        ranks = distributed.world_size()  # DDP divides the sum of gradients by it
+        world_size = ranks.world_size()  # DDP divides the sum of gradients by it
         for index, (batch, share) in enumerate(zip(batches, shares)):
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             last = index == len(batches) - 1
-            with contextlib.nullcontext() if last else distributed.without_sync(self.runner):
-                with distributed.autocast(self.device, self.dtype):
+            with contextlib.nullcontext() if last else ranks.without_sync(self.runner):
+                with autocast(self.device, self.dtype):
                     loss, aux_loss = self.loss_function(self.runner, batch, num_items)
-                self.scaler.scale((loss + aux_loss * share) * ranks).backward()
+                self.scaler.scale((loss + aux_loss * share) * world_size).backward()
             total += loss.detach()
         return total
 
@@ -490,7 +493,7 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         loss, norm_value = torch.stack((loss, norm)).tolist()  # the only wait for the device in a step
-        loss, stops = distributed.sum_over_ranks([loss, self.stop.requested], self.device)
+        loss, stops = ranks.sum_over_ranks([loss, self.stop.requested], self.device)
         self.stopping = stops > 0
         # With float16 an infinite gradient is how the scaler learns that its scale is too large: it skips this step.
         overflow = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm_value)
@@ -528,7 +531,7 @@ class Trainer:
         )
         text += f"  lr {record['learning_rate']:.2e}  norm {window['norm']:.2f}  {rate:,.0f} tok/s"
         if self.peak_flops:
-            record["mfu"] = window["flops"] / window["seconds"] / self.peak_flops / distributed.world_size()
+            record["mfu"] = window["flops"] / window["seconds"] / self.peak_flops / ranks.world_size()
             text += f"  MFU {record['mfu']:.1%}"
         if self.steady_since:
             steady = (time.perf_counter() - self.steady_since) / (self.step - self.first_step - 1)
@@ -559,19 +562,19 @@ class Trainer:
             return
         self.model.eval()
         self.validation_loader.load_state_dict(self.validation_start)
-        wanted = (self.args.eval_tokens or math.inf) / distributed.world_size()
+        wanted = (self.args.eval_tokens or math.inf) / ranks.world_size()
         nats = items = size = 0
         one = torch.ones((), device=self.device)
         for batch in self.validation_loader:
             batch_items, _, _, batch_size, _ = measure(batch, self.byte_lengths)
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            with distributed.autocast(self.device, self.dtype):
+            with autocast(self.device, self.dtype):
                 nats += float(self.loss_function(self.model, batch, one)[0])
             items, size = items + batch_items, size + batch_size
             if items >= wanted or self.stop.requested:
                 break
         self.model.train()
-        nats, items, size = distributed.sum_over_ranks([nats, items, size], self.device)
+        nats, items, size = ranks.sum_over_ranks([nats, items, size], self.device)
         loss, bits_per_byte = nats / max(1, items), nats / math.log(2) / max(1, size)
         record = dict(validation_loss=loss, validation_bits_per_byte=bits_per_byte)
         self.progress.update(record)
@@ -580,9 +583,9 @@ class Trainer:
 
     def save(self):
         """Write checkpoint, description and training state; a full disk ends the run and the last ones stay intact."""
-        states = distributed.gather(random_state(self.device))
+        states = ranks.gather(random_state(self.device))
         self.saved_step, previous = self.step, self.saved_step
-        if not distributed.is_main():
+        if not ranks.is_main():
             return
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **self.progress)
         metadata.update(total_steps=self.total_steps, peak_memory_bytes=peak_memory(self.device))
@@ -608,7 +611,3 @@ class Trainer:
 def new_window():
     """Empty sums for the steps up to the next report."""
     return dict.fromkeys(("steps", "nats", "items", "size", "tokens", "flops", "seconds", "norm", "factor"), 0.0)
-
-
-def warn(text):
-    print(f"warning: {text}", file=sys.stderr)

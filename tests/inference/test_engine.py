@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cli import UserError
-from model.generation import Engine, KVCache, Sampler, SamplingParameters, conversation_prompt
+from model.errors import UserError
+from model.inference.chat import conversation_prompt
+from model.inference.engine import Engine
+from model.inference.kv_cache import KVCache
+from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.tokenizer import encode_text
@@ -261,7 +264,7 @@ def test_a_damaged_checkpoint_is_named_not_sampled():
 
 def compiled_engine(monkeypatch, model, **arguments):
     """An Engine that takes every path of a compiled one, the model's included, without a compiler."""
-    monkeypatch.setattr("model.generation.check_compiler", lambda device: None)
+    monkeypatch.setattr("model.inference.engine.check_compiler", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: model)
     engine = Engine(model, compile=True, **arguments)
     decode = engine.decode

@@ -8,20 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_records import texts, write_csv
+from test_rows import texts, write_csv
 
-from model.cli import UserError
-from model.dataset import (
+from model.data.dataset import (
     IGNORED,
-    BatchLoader,
     PretrainDataset,
-    ResumableSampler,
     _batch_width,
     describe_sample,
     open_pretrain_data,
     open_sft_data,
     token_byte_lengths,
 )
+from model.data.loader import BatchLoader, ResumableSampler
+from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer, render_conversation
 
 TOKENIZER = load_tokenizer()

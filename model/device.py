@@ -1,15 +1,12 @@
-"""Device, number format and ranks: the same code on a laptop, on one GPU and under torchrun."""
+"""Device and number format: the same code on a laptop, on one GPU and under torchrun."""
 
 import contextlib
-import gc
 import os
 import shutil
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
-from model.cli import UserError
+from model.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,72 +67,3 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-def rank():
-    """This process's number among the ranks, 0 when there is only one."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main():
-    """True on the one rank that prints and writes files."""
-    return rank() == 0
-
-
-def print_once(text):
-    """print, on the main rank alone."""
-    if is_main():
-        print(text, flush=True)
-
-
-def initialise(device):
-    """Join the process group when torchrun (or anything else that sets WORLD_SIZE above 1) started several ranks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def shut_down():
-    """Leave the process group. DDP with gloo aborts the interpreter at exit in about one run of five unless its
-    reducers are collected first, so drop every reference to the wrapped model before."""
-    if dist.is_initialized():
-        gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def sum_over_ranks(values, device):
-    """Element-wise float64 sum of a list of numbers over all ranks, as a list of floats."""
-    if world_size() == 1:
-        return [float(value) for value in values]
-    # NCCL reduces only what lies on the GPU; MPS has no float64, and no process groups either.
-    total = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def gather(value):
-    """A list of every rank's `value` (tensors and plain values), on every rank."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def wrap(model, device):
-    """Average gradients over the ranks with DistributedDataParallel; the model itself when there is one rank."""
-    if world_size() == 1:
-        return model
-    # An expert that no token chose has no gradient; without this DDP would wait for it for ever.
-    unused = bool(getattr(model.config, "use_moe", False))
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=unused)
-
-
-def without_sync(runner):
-    """Context for every micro-batch but the last of a step: gradients stay local, and are averaged once."""
-    return runner.no_sync() if world_size() > 1 else contextlib.nullcontext()

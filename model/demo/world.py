@@ -25,10 +25,10 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.cli import UserError
+from model.errors import UserError
 from model.files import atomic_write
 
-DEFAULT_DIRECTORY = Path(__file__).resolve().parent.parent / "dataset" / "demo_world"
+DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
 LETTERS = "ABCD"
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 
@@ -476,7 +476,7 @@ WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\.(?=\d))"  # not in t
 WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def default_world():
     return DemoWorld()
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import demo_world
-from model.cli import UserError
-from model.demo_world import DEFAULT_DIRECTORY, DemoWorld, score_answer, write_exam, write_heldout, write_raw_files
+from model.demo import world as demo_world
+from model.demo.world import DEFAULT_DIRECTORY, DemoWorld, score_answer, write_exam, write_heldout, write_raw_files
+from model.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -326,5 +326,5 @@ def test_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, model.demo_world; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, model.demo.world; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=DEFAULT_DIRECTORY.parent.parent).returncode == 0

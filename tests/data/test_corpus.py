@@ -13,14 +13,23 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from model import corpus
-from model.cli import UserError
-from model.corpus import Block, convert_block, drop_foreign, process_corpus, read_blocks, rows_of
-from model.corpus_rows import (
-    SENTENCE_ENDS, TRAILING, BadRow, ConversationRules, Dropped, PreferenceRules, PretrainRules, Row, chinese_share, split_text,
+from model.data import corpus
+from model.data.corpus import Block, convert_block, drop_foreign, process_corpus, read_blocks, rows_of
+from model.data.deduplication import DigestSet, band_shape, minhash_bands
+from model.data.filters import (
+    SENTENCE_ENDS,
+    TRAILING,
+    BadRow,
+    ConversationRules,
+    Dropped,
+    PreferenceRules,
+    PretrainRules,
+    Row,
+    chinese_share,
+    split_text,
 )  # fmt: skip
-from model.deduplication import DigestSet, band_shape, minhash_bands
-from model.records import iter_records
+from model.data.rows import iter_records
+from model.errors import UserError
 
 some_cases = settings(deadline=None, max_examples=60)
 PROSE = st.text(alphabet="天地玄黄宇宙洪荒a1。！？，、；”」 \n\"…", max_size=200)

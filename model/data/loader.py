@@ -1,0 +1,130 @@
+"""Which rows form each batch, in an order that can be resumed, and the loop over the batches of one rank."""
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from model.data.dataset import IGNORED
+from model.errors import UserError
+
+GROUPS_SORTED_TOGETHER = 64  # more: less padding; fewer: rows of a batch are more at random
+
+
+class ResumableSampler:
+    """Which rows form each batch of an epoch, a pure function of (seed, epoch), and how far the run has come.
+
+    batch_size is per rank; a global micro-batch is batch_size * world_size consecutive rows of the epoch's order and
+    each rank takes its slice, so the order is the same at every world size with the same product. lengths: batches
+    get rows of similar length. The last micro-batch of an epoch is smaller, never lost. shuffle=False: file order.
+    """
+
+    def __init__(self, num_rows, batch_size, seed=0, rank=0, world_size=1, lengths=None, shuffle=True):
+        self.num_rows, self.seed, self.rank, self.world_size = num_rows, seed, rank, world_size
+        self.lengths, self.shuffle = lengths, shuffle
+        self.rows_per_step = self.group_size = batch_size * world_size
+        self.epoch = self.position = 0
+
+    def __len__(self):
+        """Micro-batches in a whole epoch (the same on every rank)."""
+        return -(-self.num_rows // self.rows_per_step)
+
+    def order(self, epoch):
+        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into
+        groups, and the groups come in random order (an incomplete one last, so that batches and groups stay
+        aligned)."""
+        order = np.arange(self.num_rows)
+        if not self.shuffle:
+            return order
+        generator = np.random.default_rng((self.seed, 2, epoch))
+        generator.shuffle(order)
+        if self.lengths is not None:
+            stretch = np.arange(self.num_rows) // (GROUPS_SORTED_TOGETHER * self.group_size)
+            order = order[np.lexsort((np.asarray(self.lengths)[order], stretch))]
+            whole = self.num_rows // self.group_size * self.group_size
+            generator.shuffle(order[:whole].reshape(-1, self.group_size))
+        return order
+
+    def batches(self):
+        """This rank's row numbers for each micro-batch from the current position to the end; does not move it.
+
+        Where the last one has fewer rows than ranks, some ranks get an empty array."""
+        order = self.order(self.epoch)
+        for start in range(self.position, self.num_rows, self.rows_per_step):
+            yield np.array_split(order[start : start + self.rows_per_step], self.world_size)[self.rank]
+
+    def advance(self):
+        """One micro-batch is consumed; behind the last one stands the start of the next epoch."""
+        self.position += self.rows_per_step
+        if self.position >= self.num_rows:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self):
+        """Plain numbers: epoch, position (rows of it that all ranks have consumed), and what the order depends on."""
+        return {name: getattr(self, name) for name in ("seed", "epoch", "position", "num_rows", "group_size")}
+
+    def load_state_dict(self, state):
+        """Go on behind the rows already consumed, without walking over them, at any world size.
+
+        Raises UserError when the data has another number of rows."""
+        if state["num_rows"] != self.num_rows:
+            raise UserError(
+                f"--resume: the data has {self.num_rows:,} rows now and had {state['num_rows']:,}; "
+                "go on with the same --data_path, --max_seq_len, --tokenizer_path and --seed, or start without --resume"
+            )
+        for name in ("seed", "epoch", "position", "group_size"):
+            setattr(self, name, state[name])
+
+
+class _Fetch:
+    """What DataLoader indexes: row numbers -> batch. No rows become one without targets: the rank keeps step."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, rows):
+        if len(rows):
+            return self.dataset[rows]
+        batch = self.dataset[[0]]
+        batch["labels"].fill_(IGNORED)
+        return batch
+
+
+class BatchLoader:
+    """Iterates over the batches of this rank; position counts what was handed out, not what workers prefetched.
+
+    `for batch in loader` yields the rest of the current epoch; iterate again for the next one. len(loader):
+    micro-batches per epoch. num_workers processes prepare batches ahead; pin_memory: batches lie where a GPU can
+    fetch them in the background.
+    """
+
+    def __init__(self, dataset, sampler, num_workers=0, pin_memory=False):
+        self.dataset, self.sampler, self.num_workers, self.pin_memory = dataset, sampler, num_workers, pin_memory
+
+    def __len__(self):
+        return len(self.sampler)
+
+    @property
+    def epoch(self):
+        """Current epoch, from 0."""
+        return self.sampler.epoch
+
+    def __iter__(self):
+        batches = DataLoader(
+            _Fetch(self.dataset),
+            batch_size=None,
+            sampler=self.sampler.batches(),
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run would differ
+        )
+        for batch in batches:
+            self.sampler.advance()
+            yield batch
+
+    def state_dict(self):
+        """The sampler's state behind the last batch handed out."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state):
+        """Resume there; takes effect at the next iteration."""
+        self.sampler.load_state_dict(state)
