@@ -7,16 +7,16 @@ A pretrained model goes on writing; it does not answer. Ask it questions after s
     python 0-eval_pretrain.py --prompt_file dataset/heldout/cloze.jsonl     # {"prompt", "answer"} rows: accuracy
 """
 
-import argparse
-
-from model.cli import add_inference_flags
+from model.cli import add_inference_flags, from_flags, script_parser
 from model.errors import run_main
+from model.settings import InferenceSettings, SamplingParameters
+from model.stages import PRETRAINED_STAGES
 
 OPENINGS = ("中国的首都是", "长江是", "太阳从", "世界上最高的山峰是", "水是由", "从前，有一个小村庄，", "读书的好处是")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", help="text to go on from, may be given several times")
     texts.add_argument(
@@ -34,7 +34,7 @@ def main():
     from model.demo.world import score_answer
     from model.evaluation.questions import check_prompts, measure_accuracy, print_accuracy, read_questions
     from model.inference.chat import print_stream
-    from model.inference.open import open_engine, sampling_parameters
+    from model.inference.open import open_engine
     from model.tokenizer import encode_text
 
     check_prompts(args.prompt or ())
@@ -42,8 +42,8 @@ def main():
         rows = read_questions(args.prompt_file, "prompt")
     else:
         rows = [{"prompt": text} for text in args.prompt or OPENINGS]
-    parameters = sampling_parameters(args)
-    engine, path = open_engine(args, ("pretrain",))
+    parameters = from_flags(SamplingParameters, args)
+    engine, path = open_engine(from_flags(InferenceSettings, args), PRETRAINED_STAGES)
     print(f"{path}: {engine.description}")
 
     # Documents were trained as <s> text </s>, so a text to continue begins with <s>.

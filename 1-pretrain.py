@@ -12,21 +12,18 @@ writes  out/pretrain_<dim>[_moe].pth, the same .json (what it is) and .resume.pt
 The loss starts at ln(6400) = 8.8 and falls to 3-4 on real text; bits per byte compares across tokenizers.
 """
 
-import argparse
-
-from model.cli import add_model_flags, add_training_flags
+from model.cli import add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
+from model.settings import ModelSettings
+from model.stages import STAGES
+
+STAGE = STAGES["pretrain"]
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_flags(parser)
+    parser = script_parser(__doc__)
     add_training_flags(
-        parser,
-        data_path="dataset/pretrain_data.csv",
-        learning_rate=2e-4,
-        epochs=2,
-        wandb_project="MiniMind-Pretrain",
+        parser, data_path=STAGE.data_path, learning_rate=2e-4, epochs=2, wandb_project="MiniMind-Pretrain"
     )
     return parser.parse_args()
 
@@ -38,42 +35,33 @@ def main():
     from model.build import build_model
     from model.data.dataset import describe_sample, open_pretrain_data
     from model.tokenizer import load_tokenizer
-    from model.training import ranks
-    from model.training.loop import Trainer, build_optimizers, describe_model, language_model_loss, start
+    from model.training.loop import Trainer, language_model_loss, start
+    from model.training.ranks import print_once
+    from model.training.reports import describe_model
 
     # Device, ranks, seed; then the tokenizer and a model of its vocabulary, fresh unless --init_from names a parent.
-    device, dtype = start(args)
+    settings = training_settings(args)
+    device = start(settings)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model, parent = build_model(args, tokenizer, args.init_from)
+    model, parent = build_model(from_flags(ModelSettings, args), tokenizer, args.init_from)
     model.to(device)
-    ranks.print_once(describe_model(model, device, dtype))
+    print_once(describe_model(model, settings.dtype))
 
     # Documents of which one in a hundred is held out for validation, packed into rows without padding.
     train, validation = open_pretrain_data(
         args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed, cache_dir=args.cache_dir
     )
-    ranks.print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
-    ranks.print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")
+    print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
+    print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")
 
     # Every parameter learns, by the plain next-token loss.
-    trainer = Trainer(
-        model,
-        build_optimizers(model, args),
-        train,
-        validation,
-        args,
-        stage="pretrain",
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-        parent=parent,
-        loss_function=language_model_loss,
-    )
-    ranks.print_once(trainer.describe())
+    names = dict(stage=STAGE.name, parent=parent, loss_function=language_model_loss)
+    trainer = Trainer(model, tokenizer, train, validation, settings, **names)
+    print_once(trainer.describe())
     if args.resume:
         trainer.resume()
     if trainer.train():
-        ranks.print_once(
+        print_once(
             f"{trainer.path} is written; see what it learned:  python 0-eval_pretrain.py --checkpoint {trainer.path}\n"
             f"next stage:  python 3-full_sft.py --init_from {trainer.path}"
         )

@@ -8,11 +8,11 @@ Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the sing
     python 2-eval.py --prompt_file dataset/heldout/facts.jsonl --json       # rows with answers: accuracy by task
 """
 
-import argparse
 import sys
 
-from model.cli import add_inference_flags, non_negative_int
+from model.cli import add_inference_flags, from_flags, non_negative_int, script_parser
 from model.errors import UserError, run_main
+from model.settings import InferenceSettings, SamplingParameters
 
 QUESTIONS = (
     "你知道长江吗？",
@@ -27,7 +27,7 @@ QUESTIONS = (
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     questions = parser.add_mutually_exclusive_group()
     questions.add_argument("--prompt", action="append", help="a question, may be given several times")
     questions.add_argument(
@@ -56,15 +56,15 @@ def main():
         read_questions,
     )
     from model.inference.chat import chat_prompt, print_stream
-    from model.inference.open import open_engine, sampling_parameters
+    from model.inference.open import open_engine
 
     check_prompts(args.prompt or ())
     if args.prompt_file:
         rows = read_questions(args.prompt_file, "q")
     else:
         rows = [{"q": question} for question in args.prompt or QUESTIONS]
-    parameters = sampling_parameters(args)
-    engine, path = open_engine(args, ("multi_chat/full_sft", "single_chat/full_sft"))
+    parameters = from_flags(SamplingParameters, args)
+    engine, path = open_engine(from_flags(InferenceSettings, args))
     print(f"{path}: {engine.description}")
 
     if args.interactive:

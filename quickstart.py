@@ -5,7 +5,6 @@ Everything lands in its own folders (dataset/demo, out/quickstart): real data an
 The last line is one JSON object.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -14,22 +13,22 @@ import sys
 import time
 from pathlib import Path
 
-from model.cli import positive_int
+from model.cli import positive_int, script_parser
 from model.errors import UserError, run_main
+from model.stages import STAGES
 
 MODEL = "--preset minimind-tiny --optimizer muon"
-# Stage -> its script, data and what it is trained with. Small batches: with few tokens to see, more steps teach more than
-# smoother ones. The last round learns slower, so that it forgets less of what the one before taught.
-STAGES = {
-    "pretrain": ("1-pretrain.py", "pretrain_data.csv", "--learning_rate 3e-3 --epochs 1 --batch_size 8"),
-    "single": ("3-full_sft.py", "sft_data_single.csv", "--learning_rate 2e-3 --epochs 2 --batch_size 32"),
-    "multi": ("3-full_sft.py --multi", "sft_data.csv", "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16"),
+# Stage -> what it is trained with. Small batches: with few tokens to see, more steps teach more than smoother ones. The
+# last round learns slower, so that it forgets less of what the one before taught.
+RECIPE = {
+    "pretrain": "--learning_rate 3e-3 --epochs 1 --batch_size 8",
+    "single_chat/full_sft": "--learning_rate 2e-3 --epochs 2 --batch_size 32",
+    "multi_chat/full_sft": "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
 }
-FILES = {"pretrain": "pretrain_192", "single": "single_chat/full_sft_192", "multi": "multi_chat/full_sft_192"}
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=Path("dataset/demo"), help="default: %(default)s")
     parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
     parser.add_argument(
@@ -72,16 +71,17 @@ def main():
 
     run(f"data_process.py demo --output_dir {args.data_dir}")
     seconds = {
-        stage: run(
-            f"{script} --data_path {args.data_dir / data} {MODEL} {flags} --eval_interval 1000 --save_interval 1000 "
-            f"--out_dir {args.out_dir}{stop}"
+        name: run(
+            f"{STAGES[name].command} --data_path {args.data_dir / Path(STAGES[name].data_path).name} {MODEL} {flags} "
+            f"--eval_interval 1000 --save_interval 1000 --out_dir {args.out_dir}{stop}"
         )
-        for stage, (script, data, flags) in STAGES.items()
+        for name, flags in RECIPE.items()
     }
-    records = {stage: json.loads((args.out_dir / f"{name}.json").read_text("utf-8")) for stage, name in FILES.items()}
+    paths = {name: args.out_dir / f"{name}_192.pth" for name in RECIPE}
+    records = {name: json.loads(path.with_suffix(".json").read_text("utf-8")) for name, path in paths.items()}
     tokens = sum(record["tokens_seen"] for record in records.values())
 
-    single, chat = (args.out_dir / f"{FILES[stage]}.pth" for stage in ("single", "multi"))
+    _, single, chat = paths.values()
     tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
     before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
     after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}

@@ -96,7 +96,8 @@ def main():
     from model.device import select_device, select_dtype
     from model.LMConfig import preset_config
     from model.model import Transformer
-    from model.training.loop import flops_per_token, peak_flops
+    from model.training import cpu_kernels
+    from model.training.reports import flops_per_token, peak_flops
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
@@ -109,6 +110,8 @@ def main():
         except ValueError as error:
             raise UserError(f"--presets: {error}", exit_code=2) from None
         model = Transformer(config)
+        if device.type == "cpu":
+            cpu_kernels.install(model, dtype)
         steps[preset] = make_step(model, batch, device, dtype, args.compile, return_logits=False)
         flops[preset] = flops_per_token(model, args.max_seq_len)
         if not config.use_moe:

@@ -20,6 +20,7 @@ from model.errors import UserError, warn
 from model.files import atomic_write
 from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer
+from model.stages import STAGES
 from model.tokenizer import DEFAULT_TOKENIZER_PATH, tokenizer_hash
 
 CONFIG_FIELDS = tuple(name for name in inspect.signature(LMConfig).parameters if name != "kwargs")
@@ -32,20 +33,36 @@ def checkpoint_path(out_dir, stage, config):
     return Path(out_dir) / f"{stage}_{config.dim}{'_moe' if config.use_moe else ''}.pth"
 
 
+def find_checkpoint(out_dir, stages, config, flag):
+    """The checkpoint of the first of `stages` (names of model.stages) that has one of the shape of `config`.
+
+    Raises UserError that names what there is instead, and `flag` as the way to give another.
+    """
+    paths = [checkpoint_path(out_dir, stage, config) for stage in stages]
+    for path in paths:
+        if path.is_file():
+            return path
+    found = {str(other) for path in paths for other in path.parent.glob("*.pth") if other.suffixes == [".pth"]}
+    others = f" (there is {', '.join(sorted(found))})" if found else ""
+    command = f"run {STAGES[stages[0]].command} first, or name another with {flag}{others}"
+    raise UserError(f"{' or '.join(map(str, paths))}: no such checkpoint; {command}")
+
+
 def resume_path(path):
     """The training state that belongs to the checkpoint `path`."""
     return Path(path).with_suffix(".resume.pth")
 
 
-def save_checkpoint(path, model, metadata, training_state=None):
+def save_checkpoint(path, model, metadata, training_state=None, weights=None):
     """Write `path` (.pth), the .json beside it and, given a training_state, the .resume.pth, all of them or none.
 
+    weights: the state dict to save (default: the model's).
     metadata: what the .json says besides config, versions and the weights' sha256, which are added here.
     training_state: tensors and plain values only; the weights are added here.
     Raises OSError (a full disk, for one) and then leaves the files of the last good checkpoint as they were.
     """
     path = Path(path)
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in (weights or model.state_dict()).items()}
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     # The with-statement renames in reverse: training state first, then the weights, then their description.

@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from model import memory
 from model.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,3 +68,8 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def peak_memory(device):
+    """Most bytes held at once so far: by torch on a CUDA device, else by the whole process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.peak_memory()

@@ -30,25 +30,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """nn.Linear without a bias, and with a faster product for one row on a CPU, which is what decoding a single request
-    multiplies. One row is bound by memory: F.linear reads the matrix with one core in float32; a batched product over
-    blocks of its rows reads it with all of them (2 cores: 13 -> 23 GB/s), and compiled code with a plain sum.
-    """
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x):
-        one_row = x.numel() == self.in_features and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if one_row and torch.compiler.is_compiling():
-            return (self.weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
-        if one_row and x.dtype == self.weight.dtype == torch.float32:
-            blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)
-            return torch.bmm(x.view(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
-        return F.linear(x, self.weight)
-
-
 def rope_frequencies(config):
     """Angle per position of each rotary pair, float32 [D / 2], and the factor cos and sin are multiplied by.
 
@@ -115,16 +96,21 @@ def apply_rotary(x, rotary):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (GQA; Ainslie et al. 2023, arXiv 2305.13245)."""
+    """Causal self-attention with grouped key/value heads (GQA; Ainslie et al. 2023, arXiv 2305.13245).
+
+    training_kernel(query, key, value), where one is set, takes the place of scaled_dot_product_attention in training.
+    """
+
+    training_kernel = None
 
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         self.dropout, self.flash_attn = config.dropout, config.flash_attn
-        self.wq = Linear(config.dim, config.n_heads * config.head_dim)
-        self.wk = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.n_kv_heads * config.head_dim)
-        self.wo = Linear(config.n_heads * config.head_dim, config.dim)
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
         self.wo.writes_residual = True
 
     def forward(self, x, rotary, mask, kv_cache, layer_index):
@@ -142,72 +128,13 @@ class Attention(nn.Module):
     def attend(self, query, key, value, mask):
         """query [B, H, T, D], key and value [B, G, K, D] -> [B, H, T, D], by the fastest kernel that can do it."""
         dropout = self.dropout if self.training else 0.0
-        if self.flash_attn and dropout == 0 and mask is None and BlockAttention.pays(query, key):
-            return BlockAttention.apply(query, key, value)
+        if self.training_kernel and torch.is_grad_enabled() and mask is None and dropout == 0 and self.flash_attn:
+            return self.training_kernel(query, key, value)
         attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
         # "if" makes a plain bool of a length that torch.compile keeps symbolic; a kernel's flag may not be symbolic.
         causal = True if mask is None and query.shape[2] > 1 else False
         grouped = self.n_heads != self.n_kv_heads
         return attend(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
-
-
-class BlockAttention(torch.autograd.Function):
-    """Causal attention for bfloat16 training on a CPU, where PyTorch's fused kernel loses its time in tiny products.
-
-    Queries go in blocks, each against all keys up to its end, all heads of all rows in one batched product, so that a
-    block's scores stay in the cache and the upper triangle is never computed. Probabilities are kept for the backward
-    pass in bfloat16: B * H * T^2 bytes a layer. Backward: dS = P * (dP - rowsum(dO * O)), as in FlashAttention-2 (Dao
-    2023, arXiv 2307.08691, algorithm 2).
-    """
-
-    BLOCK = 64
-
-    @staticmethod
-    def pays(query, key):
-        training = torch.is_grad_enabled() and query.requires_grad
-        return query.device.type == "cpu" and query.dtype == torch.bfloat16 and training and query.shape[2] == key.shape[2]
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        (batch, heads, length, size), groups = query.shape, key.shape[1]
-        # Query heads that share a key head stand side by side, so one product with that key head serves them all.
-        query = (query * size**-0.5).reshape(batch * groups, heads // groups, length, size)
-        key, value = (part.reshape(batch * groups, length, size) for part in (key, value))
-        output, probabilities = torch.empty_like(query), []
-        future = torch.ones(BlockAttention.BLOCK, BlockAttention.BLOCK, dtype=torch.bool).triu(1)
-        for start, end in BlockAttention.blocks(length):
-            scores = query[:, :, start:end].flatten(1, 2) @ key[:, :end].transpose(1, 2)
-            scores = scores.view(*query.shape[:2], end - start, end)
-            scores[..., start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
-            probability = scores.softmax(dim=-1).flatten(1, 2)
-            output[:, :, start:end] = (probability @ value[:, :end]).view_as(output[:, :, start:end])
-            probabilities.append(probability)
-        ctx.save_for_backward(query, key, value, output, *probabilities)
-        ctx.batch = batch
-        return output.view(batch, heads, length, size)
-
-    @staticmethod
-    def backward(ctx, output_gradient):
-        query, key, value, output, *probabilities = ctx.saved_tensors
-        output_gradient = output_gradient.reshape(query.shape)
-        product = (output_gradient * output).sum(dim=-1, keepdim=True)
-        query_gradient = torch.empty_like(query)
-        key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
-        for probability, (start, end) in zip(probabilities, BlockAttention.blocks(query.shape[2])):
-            gradient = output_gradient[:, :, start:end].flatten(1, 2)
-            scores_gradient = gradient @ value[:, :end].transpose(1, 2)
-            scores_gradient.sub_(product[:, :, start:end].flatten(1, 2)).mul_(probability)
-            query_gradient[:, :, start:end] = (scores_gradient @ key[:, :end]).view_as(query_gradient[:, :, start:end])
-            key_gradient[:, :end] += scores_gradient.transpose(1, 2) @ query[:, :, start:end].flatten(1, 2)
-            value_gradient[:, :end] += probability.transpose(1, 2) @ gradient
-        batch, (length, size) = ctx.batch, query.shape[2:]
-        query_gradient = (query_gradient * size**-0.5).view(batch, -1, length, size)
-        return query_gradient, *(g.to(key.dtype).view(batch, -1, length, size) for g in (key_gradient, value_gradient))
-
-    @staticmethod
-    def blocks(length):
-        """(start, end) of each block of queries."""
-        return [(start, min(start + BlockAttention.BLOCK, length)) for start in range(0, length, BlockAttention.BLOCK)]
 
 
 def plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
@@ -229,10 +156,10 @@ class FeedForward(nn.Module):
     def __init__(self, dim, hidden_dim, dropout=0.0):
         super().__init__()
         self.dropout = dropout
-        self.w1 = Linear(dim, hidden_dim)
-        self.w2 = Linear(hidden_dim, dim)
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w2.writes_residual = True
-        self.w3 = Linear(dim, hidden_dim)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x):
         return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
@@ -363,7 +290,12 @@ class MiniMindOutput(ModelOutput):
 
 
 class Transformer(PreTrainedModel, GenerationMixin):
-    """MiniMind v1's model under v1's state-dict names. Input and output embeddings are one matrix."""
+    """MiniMind v1's model under v1's state-dict names. Input and output embeddings are one matrix.
+
+    training_loss_kernel(x, weight, targets), where one is set, takes the place of the summed cross-entropy in training.
+    """
+
+    training_loss_kernel = None
 
     config_class = LMConfig
     base_model_prefix = ""
@@ -377,7 +309,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.output.weight = self.tok_embeddings.weight
         self.rotary_table = RotaryTable(config)
         self.post_init()
@@ -404,6 +336,12 @@ class Transformer(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value):
         self.output = value
+
+    def expert_load(self):
+        """Share [E] of the last forward pass's routing choices that each expert got, mean over layers; None if dense."""
+        if not self.config.use_moe:
+            return None
+        return torch.stack([layer.feed_forward.gate.expert_load for layer in self.layers]).mean(dim=0)
 
     def forward(
         self,
@@ -502,42 +440,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
         x, targets = x[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum().clamp(min=1)
-        if logits is None and x.device.type == "cpu" and torch.is_grad_enabled():
-            return ChunkedCrossEntropy.apply(x, self.output.weight, targets) / num_items_in_batch
+        if logits is None and self.training_loss_kernel and torch.is_grad_enabled():
+            return self.training_loss_kernel(x, self.output.weight, targets) / num_items_in_batch
         logits = self.output(x) if logits is None else logits[:, :-1].flatten(0, 1)
         return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / num_items_in_batch
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of x [N, C] times weight [V, C] transposed against targets [N] (-100 ignored).
-
-    A chunk's logits become their own gradient while still in the cache (softmax minus one-hot), so neither [N, V] nor a
-    second pass over it is needed. Built for the CPU; a GPU has the memory and torch.compile fuses the plain form there.
-    """
-
-    ROWS = 256
-
-    @staticmethod
-    def forward(ctx, x, weight, targets):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        narrow = weight.to(dtype)
-        loss, x_gradient, weight_gradient = 0.0, torch.empty_like(x), torch.zeros_like(weight)
-        for rows in range(0, x.shape[0], ChunkedCrossEntropy.ROWS):
-            rows = slice(rows, rows + ChunkedCrossEntropy.ROWS)
-            part, target = x[rows].to(dtype), targets[rows, None]
-            ignored, target = target == -100, target.clamp(min=0)
-            logits = (part @ narrow.t()).to(weight.dtype)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            loss = loss + (log_sum - logits.gather(1, target)).masked_fill(ignored, 0.0).sum()
-            gradient = logits.sub_(log_sum).exp_()
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            gradient = gradient.masked_fill_(ignored, 0.0).to(dtype)
-            x_gradient[rows] = (gradient @ narrow).to(x.dtype)
-            weight_gradient += gradient.t() @ part
-        ctx.save_for_backward(x_gradient, weight_gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx, loss_gradient):
-        x_gradient, weight_gradient = ctx.saved_tensors
-        return x_gradient * loss_gradient, weight_gradient * loss_gradient, None

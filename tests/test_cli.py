@@ -2,15 +2,17 @@
 
 import argparse
 import errno
+import re
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from model.build import model_overrides
-from model.cli import add_model_flags, add_training_flags, command_line
-from model.errors import UserError, run_main
+from model.build import explicit_fields
+from model.cli import add_inference_flags, add_training_flags, command_line, from_flags, training_settings
+from model.errors import UserError, run_main, warn
+from model.settings import InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
 
 # Names that users and other programs rely on.
 FIXED_FLAGS = """
@@ -24,7 +26,6 @@ FIXED_FLAGS = """
 @pytest.fixture
 def parser():
     parser = argparse.ArgumentParser()
-    add_model_flags(parser)
     add_training_flags(parser, data_path="dataset/x.csv", learning_rate=2e-4, epochs=2, wandb_project="project")
     return parser
 
@@ -76,11 +77,49 @@ def test_every_fixed_flag_exists_with_help(parser):
 
 
 def test_no_flag_that_does_nothing(parser):
-    """Every flag that is declared is read somewhere in model/ (add_model_flags' through model_overrides)."""
-    sources = "".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("model/**/*.py"), *ROOT.glob("[13]-*.py")])
-    names = {action.dest for action in parser._actions} - {"help", *model_overrides(parser.parse_args(["--dim", "1"]))}
-    for name in names - {"n_layers", "n_heads", "n_kv_heads", "use_moe", "max_seq_len", "dropout"}:
-        assert f"args.{name}" in sources or f'"{name}"' in sources, name
+    """Every flag of training and inference is read somewhere in model/ or by the scripts."""
+    add_inference_flags(inference := argparse.ArgumentParser())
+    paths = [*ROOT.glob("model/**/*.py"), *ROOT.glob("[0-3]-*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in paths if path.name not in ("settings.py", "cli.py"))
+    for action in {*parser._actions, *inference._actions}:
+        name = action.dest
+        assert re.search(rf'(args|settings|shape|config|parameters|row)\.{name}\b|"{name}"', sources) or name == "help", name
+
+
+def test_help_shows_the_defaults_that_hold(parser):
+    help_text = " ".join(parser.format_help().split())
+    assert "None" not in help_text and "{default}" not in help_text
+    for shown in ("dataset/x.csv", "default: 0.0002", "default: 2,", "default: project", "default: 1337", "5 %"):
+        assert shown in help_text
+
+
+def test_settings_are_made_of_flags_and_keep_the_same_defaults(parser):
+    args = parser.parse_args([])
+    assert training_settings(args) == TrainingSettings(epochs=2, wandb_project="project")
+    assert from_flags(ModelSettings, args) == ModelSettings()
+    assert training_settings(parser.parse_args(["--max_steps", "3"])).epochs is None
+    add_inference_flags(inference := argparse.ArgumentParser())
+    args = inference.parse_args(["--checkpoint", "x.pth", "--temperature", "0"])
+    assert from_flags(InferenceSettings, args) == InferenceSettings(checkpoint="x.pth")
+    expected = SamplingParameters(temperature=0, top_k=8, max_new_tokens=256, seed=1337)
+    assert from_flags(SamplingParameters, args) == expected
+
+
+@pytest.mark.parametrize(
+    "kind, values, flag",
+    [
+        (TrainingSettings, dict(batch_size=0), "--batch_size: must be at least 1, got 0"),
+        (TrainingSettings, dict(learning_rate=float("nan")), "--learning_rate: must be finite"),
+        (TrainingSettings, dict(optimizer="sgd"), "--optimizer: choose one of adamw, muon, got 'sgd'"),
+        (ModelSettings, dict(dropout=1.0), "--dropout: must be below 1"),
+        (InferenceSettings, dict(rope_scaling="ntk"), "--rope_scaling"),
+        (SamplingParameters, dict(top_p=0.0), "--top_p"),
+    ],
+)
+def test_values_given_by_hand_keep_the_limits_of_the_flags(kind, values, flag):
+    with pytest.raises(UserError, match=flag) as caught:
+        kind(**values)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -105,9 +144,9 @@ def test_wrong_usage_is_2_and_names_the_flag(parser, capsys, words):
 
 
 def test_only_flags_that_were_given_override_the_preset(parser):
-    assert model_overrides(parser.parse_args([])) == {}
+    assert explicit_fields(from_flags(ModelSettings, parser.parse_args([]))) == {}
     given = parser.parse_args(["--dim", "64", "--use_moe", "--dropout", "0"])
-    assert model_overrides(given) == {"dim": 64, "use_moe": True, "dropout": 0.0}
+    assert explicit_fields(from_flags(ModelSettings, given)) == {"dim": 64, "use_moe": True, "dropout": 0.0}
 
 
 def test_command_line_can_be_pasted(monkeypatch):
@@ -122,6 +161,18 @@ def test_command_line_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command_line() == "torchrun --nproc_per_node 4 1-pretrain.py --resume"
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    assert "resume()" in command_line("--resume") and "ipykernel" not in command_line("--resume")
+
+
+def test_a_warning_is_one_line_of_one_rank(monkeypatch, capsys):
+    for rank, shown in (("0", "warning: low disk\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        warn("low disk")
+        assert capsys.readouterr().err == shown
+    monkeypatch.delenv("RANK")
+    warn("alone")
+    assert capsys.readouterr().err == "warning: alone\n"
 
 
 def test_importing_the_flags_is_light():

@@ -85,6 +85,7 @@ class PretrainDataset:
     def __init__(self, cache, documents, max_seq_len):
         """documents: bool mask [number of documents] of those that belong to this part."""
         self.cache, self.max_seq_len, self.report = cache, max_seq_len, cache.report
+        self.fingerprint = cache.folder.name.rpartition("-")[2]
         # The stream consists of stretches of the token file, one per run of chosen documents, to save memory.
         edges = np.flatnonzero(np.diff(documents, prepend=False, append=False)).reshape(-1, 2)
         ends = cache.document_ends[edges[:, 1] - 1]
@@ -123,6 +124,7 @@ class SFTDataset:
     def __init__(self, cache, rows, part, last_turn_only):
         """rows: as _fit_conversations gives them; part: bool mask [rows of the file] of those that belong here."""
         self.cache, self.last_turn_only, self.report = cache, last_turn_only, rows["report"]
+        self.fingerprint = cache.folder.name.rpartition("-")[2]
         keep = np.flatnonzero(part & rows["kept"])
         self.begin, self.end, self.system, self.cut = (rows[name][keep] for name in ("begin", "end", "system", "cut"))
         self.lengths = rows["length"][keep]

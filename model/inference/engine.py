@@ -4,7 +4,6 @@ et al. 2022, Orca).
 Shape letters: B rows, V vocabulary.
 """
 
-import contextlib
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ import torch
 
 from model.device import check_compiler
 from model.errors import UserError
+from model.inference.cpu_kernels import install, one_row_kernels
 from model.inference.kv_cache import KVCache
-from model.inference.sampling import Sampler, SamplingParameters
+from model.inference.sampling import Sampler
+from model.settings import SamplingParameters
 from model.tokenizer import StreamDecoder
 
 
@@ -86,7 +87,7 @@ class Engine:
     PREFILL_CHUNK = 512  # prompt tokens per forward pass: bounds the memory of long prompts
 
     def __init__(self, model, tokenizer=None, max_batch=16, max_length=None, compile=False):
-        self.model, self.tokenizer, self.max_batch = model.eval(), tokenizer, max_batch
+        self.model, self.tokenizer, self.max_batch = install(model.eval()), tokenizer, max_batch
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache, self.sampler = None, None
@@ -261,16 +262,3 @@ class Engine:
             for request in requests:
                 self.cancel(request)
         return requests
-
-
-@contextlib.contextmanager
-def one_row_kernels(rows, model):
-    """For one or two rows in bfloat16 on a CPU: PyTorch's own matrix-vector kernel reads the weights twice as fast as
-    the oneDNN one that it would take otherwise (2 cores, one row: 25 against 12 GB/s)."""
-    weight, enabled = model.tok_embeddings.weight, torch.backends.mkldnn.enabled
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and rows <= 2:
-        torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = enabled

@@ -1,48 +1,10 @@
 """How a token is picked from the logits of a batch whose rows each have parameters of their own."""
 
-from dataclasses import dataclass
-
 import torch
 
-from model.errors import UserError
+from model.settings import SamplingParameters
 
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """How one request picks its tokens. Raises UserError (exit code 2) for values without a meaning.
-
-    temperature: logits are divided by it; 0 is greedy: always the most probable token.
-    top_k: only the k most probable tokens; 0 switches it off.
-    top_p: only the smallest set of tokens that holds this much probability (nucleus sampling, Holtzman et al. 2020,
-        arXiv 1904.09751), among those top_k left; at least one token always remains.
-    repetition_penalty: positive logits of tokens already in prompt or answer are divided by it, negative ones
-        multiplied (Keskar et al. 2019, CTRL, arXiv 1909.05858, section 4.1); above 1 discourages repeating.
-    max_new_tokens: counts what is generated, never the prompt.
-    seed: the same seed, prompt and parameters give the same answer, whoever shares the batch; None: a fresh one.
-    stop_token_ids: tokens that end the answer and are not part of it; None means the model's eos_token_id.
-    stop_strings: texts that end the answer, which is cut before the first of them.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 512
-    seed: int | None = None
-    stop_token_ids: tuple | None = None
-    stop_strings: tuple = ()
-
-    def __post_init__(self):
-        for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0 (1 is off)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("stop_strings", not isinstance(self.stop_strings, str) and all(self.stop_strings), "non-empty texts"),
-        ):
-            if not valid:
-                raise UserError(f"{name} must be {expected}, got {getattr(self, name)!r}", exit_code=2)
+__all__ = ["Sampler", "SamplingParameters"]
 
 
 class Sampler:

@@ -1,12 +1,10 @@
 """The ranks of a run: the same code for one process and under torchrun."""
 
-import contextlib
 import gc
 import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 
 def rank():
@@ -61,18 +59,3 @@ def gather(value):
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def wrap(model, device):
-    """Average gradients over the ranks with DistributedDataParallel; the model itself when there is one rank."""
-    if world_size() == 1:
-        return model
-    # An expert that no token chose has no gradient; without this DDP would wait for it for ever.
-    unused = bool(getattr(model.config, "use_moe", False))
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=unused)
-
-
-def without_sync(runner):
-    """Context for every micro-batch but the last of a step: gradients stay local, and are averaged once."""
-    return runner.no_sync() if world_size() > 1 else contextlib.nullcontext()

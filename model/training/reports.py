@@ -1,37 +1,74 @@
-"""What a training run reports: lines on the terminal, a .jsonl file, Weights & Biases on request."""
+"""What a training run reports: lines on the terminal, a .jsonl file, Weights & Biases on request; and what they say."""
 
+import dataclasses
 import json
-import netrc
+import math
 import os
+import re
 import sys
 
+import torch
 from tqdm import tqdm
 
-from model.errors import UserError
+from model.device import select_dtype
+from model.errors import UserError, warn
 from model.files import atomic_write
+
+# Dense 16-bit tensor-core peaks in FLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
+# matches whole words of a device's name counts. "$" leaves out the Ti, SUPER, D and Laptop cards.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 149.7e12,
+    "A6000": 154.8e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 5090$": 209.5e12,
+    "RTX 4090$": 165.2e12,
+    "RTX 4080$": 97.5e12,
+    "RTX 3090$": 71e12,
+    "RTX 3080$": 59.5e12,
+}
+NO_BFLOAT16 = ("V100", "T4")  # their peak is float16's
 
 
 class RunLog:
-    """One run's reports. Only the main rank constructs one with active=True; on the others every call does nothing.
+    """One run's reports, on the main rank alone (active=True); on the others every call does nothing.
 
-    path: .jsonl file, one object a line, each with its "step". A fresh run (first_step 0) replaces it; a resumed one
-    keeps the lines up to its first step, so that no step appears twice after a kill.
+    path: .jsonl file, one object a line, each with its "step".
     """
 
-    def __init__(self, path, first_step, total_steps, wandb_run=None, active=True):
-        self.path, self.active, self.wandb_run = path, active, wandb_run
-        self.bar = None
-        if not active:
+    def __init__(self, path, active=True):
+        self.path, self.active = path, active
+        self.bar = self.wandb_run = None
+
+    def start(self, first_step, total_steps, wandb_run=None):
+        """A fresh run (first_step 0) replaces the file; a resumed one keeps the lines up to its first step, so that no
+        step appears twice after a kill."""
+        if not self.active:
             return
-        kept = path.read_text(encoding="utf-8").splitlines() if first_step and path.exists() else []
-        with atomic_write(path, "w", encoding="utf-8") as handle:
+        kept = self.path.read_text(encoding="utf-8").splitlines() if first_step and self.path.exists() else []
+        with atomic_write(self.path, "w", encoding="utf-8") as handle:
             handle.writelines(line + "\n" for line in kept if step_of(line) <= first_step)
         # disable=None: no bar where stderr is not a terminal.
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+        self.wandb_run = wandb_run
 
     def advance(self):
         """One optimizer step is done."""
-        if self.active:
+        if self.bar is not None:
             self.bar.update()
 
     def write(self, text, **record):
@@ -43,13 +80,11 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.wandb_run is not None:
-            numbers = {
-                name: value for name, value in record.items() if isinstance(value, (int, float)) and name != "step"
-            }
-            self.wandb_run.log(numbers, step=record["step"])
+            step = record.pop("step")
+            self.wandb_run.log({name: value for name, value in record.items() if not isinstance(value, list)}, step=step)
 
     def close(self):
-        if self.active:
+        if self.bar is not None:
             self.bar.close()
         if self.wandb_run is not None:
             self.wandb_run.finish()
@@ -63,28 +98,100 @@ def step_of(line):
         return float("inf")
 
 
-def start_wandb(args, run_name, config):
-    """A Weights & Biases run, offline (folder wandb/) when no key is known and WANDB_MODE does not say otherwise."""
+def start_wandb(settings, run_name):
+    """A Weights & Biases run, offline (folder wandb/) when it finds no key and WANDB_MODE does not say otherwise."""
     try:
         import wandb
     except ImportError:
         raise UserError("--use_wandb: wandb is not installed; pip install wandb, or leave the flag out") from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if knows_wandb_key() else "offline")
-    name = args.wandb_run_name or run_name
-    return wandb.init(project=args.wandb_project, name=name, config=config, mode=mode)
-
-
-def knows_wandb_key():
-    """Whether `wandb login` was run or WANDB_API_KEY set. (Without a key wandb.init asks, or ends the script.)"""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    mode = os.environ.get("WANDB_MODE")
     try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        mode = mode or ("online" if wandb.login(prompt=False) else "offline")
+    except wandb.Error as error:
+        warn(f"--use_wandb: {error}; logging offline, to be sent with: wandb sync")
+        mode = "offline"
+    name, config = settings.wandb_run_name or run_name, dataclasses.asdict(settings)
+    return wandb.init(project=settings.wandb_project, name=name, config=config, mode=mode)
+
+
+@dataclasses.dataclass
+class Window:
+    """Sums over the steps since the last report, over all ranks. nats: loss times items; items: supervised targets;
+    size: their bytes; tokens: real tokens; flops: floating-point operations; seconds: of training alone."""
+
+    nats: float = 0.0
+    items: float = 0.0
+    size: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, **sums):
+        for name, value in sums.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def loss(self):
+        """Mean nats per supervised target."""
+        return self.nats / max(1, self.items)
+
+    @property
+    def bits_per_byte(self):
+        return self.nats / math.log(2) / max(1, self.size)
+
+
+def step_line(record, total_steps):
+    """The line on the terminal for one record of the log."""
+    text = "step {step:,}/{total:,}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
+    text = (text + "  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(total=total_steps, **record)
+    if "mfu" in record:
+        text += f"  MFU {record['mfu']:.1%}"
+    if "seconds_left" in record:
+        text += f"  left {duration(record['seconds_left'])}"
+    if "expert_load" in record:
+        text += "  experts " + " ".join(f"{share:.0%}" for share in record["expert_load"])
+    return text
 
 
 def duration(seconds):
     """1:02:03 for 3723 seconds."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def describe_model(model, dtype):
+    """One line: how many parameters, of which shape, where and in which number format."""
+    config = model.config
+    total, active = count_parameters(model)
+    experts = f", {active:,} of them at work on a token" if active != total else ""
+    shape = f"dim {config.dim}, {config.n_layers} layers, {config.n_heads}/{config.n_kv_heads} heads"
+    kind = str(select_dtype(dtype, model.device)).removeprefix("torch.")
+    return f"model: {total:,} parameters{experts}; {shape}, {config.vocab_size:,} words; {kind} on {model.device.type}"
+
+
+def count_parameters(model):
+    """(all parameters, those that work on one token): of the routed experts only num_experts_per_tok do."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".feed_forward.experts." in name)
+    config = model.config
+    idle = 1 - config.num_experts_per_tok / config.n_routed_experts if config.use_moe else 0
+    return total, total - round(routed * idle)
+
+
+def flops_per_token(model, length):
+    """Floating-point operations of forward and backward for one token in a row of `length` tokens: 6 N + 12 L H Q T
+    with N the parameters at work (the tied embedding counts once, as the output product), L layers, H * Q = dim, T the
+    row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
+    """
+    return 6 * count_parameters(model)[1] + 12 * model.config.n_layers * model.config.dim * length
+
+
+def peak_flops(device, dtype):
+    """Dense peak of the device in FLOP/s for products in `dtype`; None where it is not known (any CPU, a part of a GPU
+    under MIG) or the tensor cores do not work in dtype (float32; bfloat16 before Ampere)."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    key = next((key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)), None)
+    if key is None or " MIG " in name or (key in NO_BFLOAT16 and dtype != torch.float16):
+        return None
+    return PEAK_FLOPS[key]

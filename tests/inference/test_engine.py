@@ -296,10 +296,10 @@ def test_compile_without_a_compiler_says_so(model, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_the_one_row_product_is_the_product(monkeypatch, dtype, compiling):
-    from model.model import Linear
+    from model.inference.cpu_kernels import OneRowLinear
 
     torch.manual_seed(0)
-    linear = Linear(48, 20).to(dtype)
+    linear = OneRowLinear(48, 20, bias=False).to(dtype)
     x = torch.randn(1, 1, 48).to(dtype)
     expected = (x.double() @ linear.weight.double().T)[0, 0]
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 
@@ -12,11 +13,13 @@ import torch
 from conftest import TINY_FLAGS
 from model import device
 from model.build import build_model
-from model.cli import add_model_flags, add_training_flags
+from model.cli import add_training_flags, from_flags, training_settings
 from model.data.dataset import open_pretrain_data, open_sft_data
 from model.errors import UserError
-from model.training import loop as trainer
-from model.training.loop import Trainer, build_optimizers, language_model_loss, learning_rate_factor, measure, start
+from model.settings import ModelSettings, TrainingSettings
+from model.training import reports
+from model.training.loop import Trainer, language_model_loss, measure, start
+from model.training.optimizer import build_optimizers, is_hidden_matrix, learning_rate_factor
 
 
 @pytest.fixture
@@ -26,22 +29,27 @@ def tokenizer(small_tokenizer):
 
 def arguments(*words):
     parser = argparse.ArgumentParser()
-    add_model_flags(parser)
     add_training_flags(parser, data_path="unused", learning_rate=1e-3, epochs=1, wandb_project="test")
     return parser.parse_args(
         [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", *map(str, words)]
     )
 
 
+def make_model(tokenizer, *words):
+    """(model, resolved TrainingSettings) of flags."""
+    args = arguments(*words)
+    settings = training_settings(args)
+    place = start(settings)
+    return build_model(from_flags(ModelSettings, args), tokenizer)[0], settings.resolved(place, 1)
+
+
 def make_trainer(data_path, out_dir, *words, tokenizer, loss_function=language_model_loss, sft=False):
-    args = arguments("--out_dir", out_dir, *words)
-    device, dtype = start(args)
-    model, _ = build_model(args, tokenizer)
+    model, settings = make_model(tokenizer, "--out_dir", out_dir, *words)
     open_data = open_sft_data if sft else open_pretrain_data
-    train, validation = open_data(data_path, tokenizer, model.config.max_seq_len, seed=args.seed, validation_share=0.1)
-    optimizers = build_optimizers(model, args)
-    names = dict(stage="test", tokenizer=tokenizer, device=device, dtype=dtype, loss_function=loss_function)
-    return Trainer(model, optimizers, train, validation, args, **names)
+    options = dict(seed=settings.seed, validation_share=0.1)
+    train, validation = open_data(data_path, tokenizer, model.config.max_seq_len, **options)
+    names = dict(stage="test", loss_function=loss_function)
+    return Trainer(model, tokenizer, train, validation, settings, **names)
 
 
 def records(run):
@@ -109,12 +117,12 @@ def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tok
     rows, batches = len(run.train_loader.dataset), len(run.train_loader)
     assert batches % 5 and rows % 4  # or this test shows nothing
     run.train()
-    assert run.step == 2 * math.ceil(batches / 5)
+    assert run.state.step == 2 * math.ceil(batches / 5)
     assert sum(size for size, _ in seen) == 2 * rows
     # Every supervised target was counted in exactly one step of each epoch.
     firsts = [seen[index] for epoch in (0, batches) for index in range(epoch, epoch + batches, 5)]
     assert sum(items for _, items in firsts) == 2 * run.train_loader.dataset.num_targets
-    assert run.progress["supervised_tokens_seen"] == 2 * run.train_loader.dataset.num_targets
+    assert run.state.progress()["supervised_tokens_seen"] == 2 * run.train_loader.dataset.num_targets
 
 
 # ---- schedule and optimizers
@@ -136,10 +144,8 @@ def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
 @pytest.mark.parametrize("words", [[], ["--use_moe"]])
 def test_only_matrices_decay_and_every_parameter_is_optimised_once(tokenizer, words):
     for kind in ("adamw", "muon"):
-        args = arguments("--optimizer", kind, "--weight_decay", 0.1, *words)
-        start(args)
-        model, _ = build_model(args, tokenizer)
-        optimizers = build_optimizers(model, args)
+        model, settings = make_model(tokenizer, "--optimizer", kind, "--weight_decay", 0.1, *words)
+        optimizers = build_optimizers(model, settings)
         assert len(optimizers) == (2 if kind == "muon" else 1)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         seen = []
@@ -148,28 +154,43 @@ def test_only_matrices_decay_and_every_parameter_is_optimised_once(tokenizer, wo
                 for parameter in group["params"]:
                     seen.append(names[id(parameter)])
                     decay = group["lr"] * group["weight_decay"]
-                    assert decay == pytest.approx(args.learning_rate * 0.1 if parameter.dim() == 2 else 0), seen[-1]
+                    assert decay == pytest.approx(settings.learning_rate * 0.1 if parameter.dim() == 2 else 0), seen[-1]
         assert sorted(seen) == sorted(names.values())
         if kind == "muon":
             muon = {names[id(parameter)] for parameter in optimizers[0].param_groups[0]["params"]}
             assert all(name.startswith("layers.") and "gate" not in name and "norm" not in name for name in muon)
-            assert optimizers[0].param_groups[0]["lr"] == pytest.approx(10 * args.learning_rate)
+            assert optimizers[0].param_groups[0]["lr"] == pytest.approx(10 * settings.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "name, shape, hidden",
+    [
+        ("layers.3.attention.wq.weight", (4, 4), True),
+        ("layers.0.feed_forward.experts.1.w2.weight", (4, 4), True),
+        ("base_model.model.layers.0.attention.wq.lora_A.default.weight", (2, 4), True),
+        ("base_model.model.layers.7.feed_forward.experts.1.w2.lora_B.default.weight", (4, 2), True),
+        ("base_model.model.layers.0.feed_forward.gate.lora_A.default.weight", (2, 4), False),
+        ("layers.0.feed_forward.gate.weight", (4, 4), False),
+        ("layers.0.attention_norm.weight", (4,), False),
+        ("tok_embeddings.weight", (4, 4), False),
+        ("base_model.model.output.lora_A.default.weight", (2, 4), False),
+    ],
+)
+def test_muon_takes_the_linear_maps_of_the_layers_under_peft_names_too(name, shape, hidden):
+    assert is_hidden_matrix(name, torch.nn.Parameter(torch.zeros(shape))) is hidden
 
 
 def test_muon_missing_is_one_line(monkeypatch, tokenizer):
     monkeypatch.delattr(torch.optim, "Muon")
-    args = arguments("--optimizer", "muon")
-    start(args)
+    model, settings = make_model(tokenizer, "--optimizer", "muon")
     with pytest.raises(UserError, match="--optimizer muon"):
-        build_optimizers(build_model(args, tokenizer)[0], args)
+        build_optimizers(model, settings)
 
 
 def test_frozen_parameters_are_left_alone(tokenizer):
-    args = arguments()
-    start(args)
-    model, _ = build_model(args, tokenizer)
+    model, settings = make_model(tokenizer)
     model.tok_embeddings.weight.requires_grad_(False)
-    (optimizer,) = build_optimizers(model, args)
+    (optimizer,) = build_optimizers(model, settings)
     assert all(model.tok_embeddings.weight is not p for group in optimizer.param_groups for p in group["params"])
 
 
@@ -185,13 +206,13 @@ def test_training_lowers_the_validation_loss(pretrain_csv, tmp_path, tokenizer, 
 def test_gradient_norm_is_clipped(pretrain_csv, tmp_path, tokenizer):
     applied = []
     run = make_trainer(pretrain_csv, tmp_path, "--grad_clip", 0.01, "--max_steps", 3, tokenizer=tokenizer)
-    step = run.optimizers[0].step
+    step = run.strategy.optimizers[0].step
 
     def note(*positional, **named):
         applied.append(torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()]).item())
         return step(*positional, **named)
 
-    run.optimizers[0].step = note
+    run.strategy.optimizers[0].step = note
     run.train()
     assert applied == pytest.approx([0.01] * 3, rel=1e-3)
     assert records(run)[-1].get("gradient_norm", 1) > 0.01  # what is reported is the norm before
@@ -212,7 +233,7 @@ def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
     hook.remove()
     assert kinds == {getattr(torch, name)}
     assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
-    assert run.scaler.is_enabled() == (name == "float16")
+    assert run.strategy.scaler.is_enabled() == (name == "float16")
     losses = [record["loss"] for record in records(run) if "loss" in record]
     assert losses[-1] < losses[0]
 
@@ -220,11 +241,10 @@ def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
 def test_validation_in_bfloat16_agrees_with_float32(pretrain_csv, tmp_path, tokenizer):
     run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 12, "--learning_rate", 5e-3, tokenizer=tokenizer)
     run.train()
-    exact = run.progress["validation_loss"]
+    exact = run.state.progress()["validation_loss"]
     run.dtype = torch.bfloat16
-    run.log = trainer.RunLog(tmp_path / "log.jsonl", 0, 1)
     run.validate()
-    assert run.progress["validation_loss"] == pytest.approx(exact, rel=2e-3)
+    assert run.state.progress()["validation_loss"] == pytest.approx(exact, rel=2e-3)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_targets(pretrain_csv, tmp_path, tokenizer):
@@ -245,8 +265,8 @@ def test_bits_per_byte_count_the_bytes_of_the_targets(pretrain_csv, tmp_path, to
                 if target not in tokenizer.all_special_ids:
                     token = tokenizer.convert_ids_to_tokens(target)
                     size += len(token)  # byte-level: one character per byte
-    assert run.progress["validation_loss"] == pytest.approx(nats / items, rel=1e-4)
-    assert run.progress["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert run.state.progress()["validation_loss"] == pytest.approx(nats / items, rel=1e-4)
+    assert run.state.progress()["validation_bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
 # ---- what must not reach the weights
@@ -269,20 +289,20 @@ def test_non_finite_numbers_stop_before_the_weights_change(pretrain_csv, tmp_pat
     words = ("--max_steps", 9, "--save_interval", 2)
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=poisoned)
     before = {}
-    step = run.optimizers[0].step
+    step = run.strategy.optimizers[0].step
 
     def note(*positional, **named):
         result = step(*positional, **named)
         before.update(weights(run))
         return result
 
-    run.optimizers[0].step = note
+    run.strategy.optimizers[0].step = note
     with pytest.raises(UserError, match=r"step 6: (loss|gradient norm) is nan.*holds step 4"):
         run.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
     again = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
     again.resume()
-    assert again.step == 4
+    assert again.state.step == 4
 
 
 def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokenizer):
@@ -296,7 +316,7 @@ def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokeni
     before = weights(run)
     with pytest.raises(UserError, match="gradient norm is nan"):
         run.train()
-    assert 10 < run.step < 30  # 65536 halves 16 times before it falls below 1
+    assert 10 < run.state.step < 30  # 65536 halves 16 times before it falls below 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 
@@ -336,10 +356,10 @@ def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer
     common = dict(tokenizer=tokenizer, sft=variant == "sft")
     straight = make_trainer(data, tmp_path / "straight", *words, **common)
     straight.train()
-    assert straight.step > straight.steps_per_epoch, "must cross an epoch"
+    assert straight.state.step > straight.steps_per_epoch, "must cross an epoch"
 
     def dies(model, batch, num_items):
-        if run.step == killed_after + 1:
+        if run.state.step == killed_after + 1:
             raise Killed
         return language_model_loss(model, batch, num_items)
 
@@ -349,12 +369,12 @@ def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer
     torch.manual_seed(0)
     run = make_trainer(data, tmp_path / "killed", *words, **common)
     run.resume()
-    assert run.step == killed_after
+    assert run.state.step == killed_after
     run.train()
-    assert run.step == 9
+    assert run.state.step == 9
     assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in run.model.state_dict().items())
     assert run.path.read_bytes() == straight.path.read_bytes()
-    assert run.scaler.state_dict() == straight.scaler.state_dict()
+    assert run.strategy.scaler.state_dict() == straight.strategy.scaler.state_dict()
     # The log shows every step once, with the same losses.
     shown = [
         [(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)
@@ -364,7 +384,7 @@ def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer
 
 def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer, capsys):
     def interrupted(model, batch, num_items):
-        if model.training and run.step == 4:
+        if model.training and run.state.step == 4:
             signal.raise_signal(signal.SIGTERM)
         return language_model_loss(model, batch, num_items)
 
@@ -374,12 +394,12 @@ def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer,
     run = make_trainer(
         pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer, loss_function=interrupted
     )
-    assert run.train() is False and run.step == 5
+    assert run.train() is False and run.state.step == 5
     assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    assert "to go on: python" in capsys.readouterr().out
+    assert "to go on: Trainer.resume(), then Trainer.train()" in capsys.readouterr().out  # not run by a script
     run = make_trainer(pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer)
     run.resume()
-    assert run.step == 5 and run.train() is True
+    assert run.state.step == 5 and run.train() is True
     assert run.path.read_bytes() == straight.path.read_bytes()
 
 
@@ -395,7 +415,7 @@ def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, c
         run = make_trainer(data, tmp_path / "parts", *words, "--stop_after", stop, tokenizer=tokenizer, sft=sft)
         if stop > 1:
             run.resume()
-        assert run.train() is False and run.step == stop
+        assert run.train() is False and run.state.step == stop
         shown = capsys.readouterr()
         assert f"saved at step {stop} of 40; to go on: python 1-pretrain.py --seed 1337 --resume\n" in shown.out
         assert not shown.err.count("warning")
@@ -404,7 +424,7 @@ def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, c
     assert run.train() is True
     assert run.path.read_bytes() == straight.path.read_bytes()
     for name in ("validation_loss", "tokens_seen", "supervised_tokens_seen"):
-        assert run.progress[name] == straight.progress[name]
+        assert getattr(run.state, name) == getattr(straight.state, name)
     validated = [[line for line in records(each) if "validation_loss" in line] for each in (run, straight)]
     assert validated[0] == validated[1]
 
@@ -446,9 +466,9 @@ def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv,
     )
     assert "was 2 steps and is 4 steps now; the schedule of the earlier steps ended there" in warnings
     run.train()
-    assert run.step == 4
-    assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.3
-    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4 * learning_rate_factor(3, 4, 0))
+    assert run.state.step == 4
+    assert run.strategy.optimizers[0].param_groups[0]["weight_decay"] == 0.3
+    assert run.strategy.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4 * learning_rate_factor(3, 4, 0))
 
 
 def test_resume_of_a_finished_run_changes_nothing(pretrain_csv, tmp_path, tokenizer, capsys):
@@ -481,17 +501,15 @@ def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
         assert len(line["expert_load"]) == 4 and sum(line["expert_load"]) == pytest.approx(1, abs=1e-3)
         assert {"bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "tokens_seen"} <= line.keys()
     assert steps[-1]["seconds_left"] == 0 and steps[-1]["tokens_seen"] == 6 * 4 * 32
-    assert lines[-1]["validation_bits_per_byte"] == run.progress["validation_bits_per_byte"]
+    assert lines[-1]["validation_bits_per_byte"] == run.state.progress()["validation_bits_per_byte"]
 
 
 def test_mfu_formula(tokenizer):
-    args = arguments("--use_moe")
-    start(args)
-    model, _ = build_model(args, tokenizer)
-    total, active = trainer.count_parameters(model)
+    model, _ = make_model(tokenizer, "--use_moe")
+    total, active = reports.count_parameters(model)
     expert = sum(p.numel() for p in model.layers[0].feed_forward.experts[0].parameters())
     assert total - active == 2 * 2 * expert  # two of four experts idle, in two layers
-    assert trainer.flops_per_token(model, 16) == 6 * active + 12 * 2 * 32 * 16
+    assert reports.flops_per_token(model, 16) == 6 * active + 12 * 2 * 32 * 16
 
 
 @pytest.mark.parametrize(
@@ -524,10 +542,10 @@ def test_mfu_formula(tokenizer):
 def test_peaks_are_those_of_the_named_device_and_dtype(monkeypatch, name, bfloat16, float16):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     cuda = torch.device("cuda")
-    assert trainer.peak_flops(cuda, torch.bfloat16) == bfloat16
-    assert trainer.peak_flops(cuda, torch.float16) == float16
-    assert trainer.peak_flops(cuda, torch.float32) is None
-    assert trainer.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+    assert reports.peak_flops(cuda, torch.bfloat16) == bfloat16
+    assert reports.peak_flops(cuda, torch.float16) == float16
+    assert reports.peak_flops(cuda, torch.float32) is None
+    assert reports.peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
@@ -544,14 +562,12 @@ def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
 
 
 def test_open_batch_size_means_64_rows_a_step():
-    parser = argparse.ArgumentParser()
-    add_training_flags(parser, data_path="unused", learning_rate=1e-3, epochs=1, wandb_project="test")
-    args = parser.parse_args(["--device", "cpu"])
-    start(args)
-    assert (args.batch_size, args.accumulation_steps) == (8, 8)
-    args = parser.parse_args(["--device", "cpu", "--batch_size", "3"])
-    start(args)
-    assert (args.batch_size, args.accumulation_steps) == (3, 1)
+    def sizes(kind, ranks, **given):
+        settings = TrainingSettings(**given).resolved(torch.device(kind), ranks)
+        return settings.batch_size, settings.accumulation_steps
+
+    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (8, 2) and sizes("cuda", 1) == (64, 1)
+    assert sizes("cpu", 1, batch_size=3) == (3, 1) and sizes("cpu", 1, accumulation_steps=2) == (8, 2)
 
 
 def test_wandb_missing_is_one_line(pretrain_csv, tmp_path, tokenizer, monkeypatch):
@@ -572,6 +588,13 @@ def test_wandb_gets_the_numbers_and_is_offline_without_a_key(pretrain_csv, tmp_p
             Run.finished = True
 
     class Wandb:
+        Error = RuntimeError
+
+        @staticmethod
+        def login(prompt):
+            assert prompt is False
+            return "WANDB_API_KEY" in os.environ
+
         @staticmethod
         def init(**options):
             Wandb.options = options

@@ -1,0 +1,161 @@
+"""What the scripts' flags set, one line each: default, help, bounds. A notebook fills in the same dataclasses by hand.
+
+Library functions take these values; model/cli.py makes flags of them. Imports nothing heavy.
+"""
+
+import dataclasses
+import math
+
+from model.errors import UserError
+from model.tokenizer import DEFAULT_TOKENIZER_PATH
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def flag(default, help, kind=None, **limits):
+    """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, below,
+    choices, metavar. `{default}` in `help` shows the default."""
+    kind = kind or type(default)
+    return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
+
+
+class Checked:
+    """A dataclass whose values keep the limits of their flags."""
+
+    def __post_init__(self):
+        """Raise UserError (exit code 2) for a value outside the limits of its flag."""
+        for field in dataclasses.fields(self):
+            value, limits = getattr(self, field.name), field.metadata.get("limits", {})
+            if value is not None and (problem := violation(value, **limits)):
+                raise UserError(f"--{field.name}: {problem}, got {value!r}", exit_code=2)
+
+
+def violation(value, least=-math.inf, below=math.inf, choices=None, metavar=None):
+    """What is wrong with `value`, None if nothing."""
+    if choices:
+        return None if value in choices else f"choose one of {', '.join(choices)}"
+    if isinstance(value, (int, float)) and not least <= value < below:
+        return f"must be at least {least}" if value < least else "must be finite" if below == math.inf else f"must be below {below}"
+    return None
+
+
+@dataclasses.dataclass
+class ShapeSettings(Checked):
+    """Which model: a preset, then single fields of it replaced. None: the preset's or the checkpoint's value."""
+
+    preset: str = flag(None, "named shape (default: minimind-v1-small); a wrong name lists them all", str)
+    dim: int = flag(None, "model width", int, least=1)
+    n_layers: int = flag(None, "number of layers", int, least=1)
+    n_heads: int = flag(None, "number of attention heads, a divisor of --dim", int, least=1)
+    n_kv_heads: int = flag(None, "number of key/value heads, a divisor of --n_heads", int, least=1)
+    max_seq_len: int = flag(None, "tokens of a row or a whole chat (default: the preset's or checkpoint's)", int, least=1)
+    use_moe: bool = flag(None, "mixture of experts instead of dense", bool)
+
+
+@dataclasses.dataclass
+class ModelSettings(ShapeSettings):
+    """The model a training stage works on."""
+
+    dropout: float = flag(None, "dropout probability (default: 0)", float, least=0, below=1)
+
+
+@dataclasses.dataclass
+class DataSettings(Checked):
+    """What a training stage reads and starts from."""
+
+    data_path: str = flag(None, "training rows, .csv or .jsonl (default: {default})", str)
+    tokenizer_path: str = flag(str(DEFAULT_TOKENIZER_PATH), "tokenizer folder (default: model/minimind_tokenizer)")
+    cache_dir: str = flag(None, "where tokenised rows are kept (default: .cache beside the data file)", str)
+    init_from: str = flag(None, "start from this checkpoint; its shape wins over the preset", str, metavar="PTH")
+    resume: bool = flag(False, "go on exactly where the last saved step ended")
+
+
+@dataclasses.dataclass
+class TrainingSettings(Checked):
+    """How a stage trains; the same for all of them."""
+
+    out_dir: str = flag("out", "where checkpoints and logs go (default: {default})")
+    epochs: int = flag(None, "passes over the data (default: {default}, with --max_steps as many as it takes)", int, least=1)
+    max_steps: int = flag(None, "optimizer steps, where the schedule ends too; with --epochs what ends first", int, least=1)
+    stop_after: int = flag(None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP")
+    batch_size: int = flag(None, "rows per forward pass (default: 64 on a GPU, 8 elsewhere)", int, least=1)
+    accumulation_steps: int = flag(None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1)
+    learning_rate: float = flag(2e-4, "peak (default: {default})", least=0)
+    warmup_iters: int = flag(None, "steps of linear warm-up before the cosine (default: 5 %, at most 100)", int, least=0)
+    weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
+    grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
+    optimizer: str = flag("adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon"))
+    muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
+    seed: int = flag(1337, "weights, order, split (default: {default})", least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
+    dtype: str = flag("auto", "of matrix products; auto: bfloat16 where it is native, else float32", choices=DTYPES)
+    compile: bool = flag(False, "torch.compile the model: slow start, faster steps")
+    num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)
+    log_interval: int = flag(10, "steps between log lines (default: {default})", least=1)
+    eval_interval: int = flag(500, "steps between validations (default: {default})", least=1)
+    eval_tokens: int = flag(100_000, "held-out tokens per validation, 0: all (default: {default})", least=0)
+    save_interval: int = flag(500, "steps between checkpoints (default: {default})", least=1)
+    use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
+    wandb_project: str = flag("MiniMind", "default: {default}")
+    wandb_run_name: str = flag(None, "default: stage and dim", str)
+
+    def resolved(self, device, world_size):
+        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when
+        --batch_size is not given), Muon's learning rate."""
+        batch_size, accumulation = self.batch_size, self.accumulation_steps
+        if batch_size is None:
+            batch_size = 64 if device.type == "cuda" else 8
+            accumulation = accumulation or max(1, 64 // (batch_size * world_size))
+        muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        return dataclasses.replace(
+            self, batch_size=batch_size, accumulation_steps=accumulation or 1, muon_learning_rate=muon
+        )
+
+
+@dataclasses.dataclass
+class InferenceSettings(ShapeSettings):
+    """Which trained model runs where: a file, or what finds the one a training stage wrote."""
+
+    checkpoint: str = flag(None, "the .pth to run (default: the latest stage in --out_dir)", str, metavar="PTH")
+    out_dir: str = flag("out", "where to look for checkpoints (default: {default})")
+    tokenizer_path: str = flag(str(DEFAULT_TOKENIZER_PATH), "tokenizer folder (default: model/minimind_tokenizer)")
+    rope_scaling: str = flag(None, "stretch positions beyond the trained length", str, choices=("linear", "yarn"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
+    dtype: str = flag("auto", "of weights and cache; auto: bfloat16 where it is native, else float32", choices=DTYPES)
+    compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParameters(Checked):
+    """How one request picks its tokens. Raises UserError (exit code 2) for values without a meaning.
+
+    temperature: logits are divided by it; 0 is greedy: always the most probable token.
+    top_k: only the k most probable tokens; 0 switches it off.
+    top_p: only the smallest set of tokens that holds this much probability (nucleus sampling, Holtzman et al. 2020,
+        arXiv 1904.09751), among those top_k left; at least one token always remains.
+    repetition_penalty: positive logits of tokens already in prompt or answer are divided by it, negative ones
+        multiplied (Keskar et al. 2019, CTRL, arXiv 1909.05858, section 4.1); above 1 discourages repeating.
+    max_new_tokens: counts what is generated, never the prompt.
+    seed: the same seed, prompt and parameters give the same answer, whoever shares the batch; None: a fresh one.
+    stop_token_ids: tokens that end the answer and are not part of it; None means the model's eos_token_id.
+    stop_strings: texts that end the answer, which is cut before the first of them.
+    """
+
+    temperature: float = flag(1.0, "0: always the most probable (default: {default})", least=0)
+    top_k: int = flag(0, "of the k most probable tokens, 0: all (default: {default})", least=0)
+    top_p: float = flag(1.0, "of the most probable with this much in sum (default: {default})")
+    repetition_penalty: float = flag(1.0, "above 1: repeat less (default: {default})")
+    max_new_tokens: int = flag(512, "longest answer, prompt not counted (default: {default})", least=1)
+    seed: int = flag(None, "same seed, same answer (default: {default})", int, least=0)
+    stop_token_ids: tuple | None = None
+    stop_strings: tuple = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, valid, expected in (
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
+            ("stop_strings", not isinstance(self.stop_strings, str) and all(self.stop_strings), "non-empty texts"),
+        ):
+            if not valid:
+                raise UserError(f"--{name}: must be {expected}, got {getattr(self, name)!r}", exit_code=2)

@@ -1,0 +1,26 @@
+"""The table of training stages: what each is run by, reads, starts from and is called. Imports nothing heavy."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage. `name` is its checkpoint's path in out/ without dim, `parents` the stages it may start from,
+    the best one first."""
+
+    name: str
+    command: str
+    data_path: str
+    parents: tuple = ()
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("pretrain", "1-pretrain.py", "dataset/pretrain_data.csv"),
+        Stage("single_chat/full_sft", "3-full_sft.py", "dataset/sft_data_single.csv", ("pretrain",)),
+        Stage("multi_chat/full_sft", "3-full_sft.py --multi", "dataset/sft_data.csv", ("single_chat/full_sft",)),
+    )
+}
+PRETRAINED_STAGES = ("pretrain",)
+CHAT_STAGES = ("multi_chat/full_sft", "single_chat/full_sft")  # those that answer, the last one first

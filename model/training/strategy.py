@@ -1,0 +1,103 @@
+"""How gradients are computed, combined over the ranks and applied, and which weights are saved.
+
+The loop asks one object for all that another way of training does differently. DataParallel is plain training, and
+DistributedDataParallel where a launcher started several ranks; sharded optimizers or adapters are other classes with
+the same methods.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from model.device import check_compiler
+from model.training import cpu_kernels, ranks
+from model.training.optimizer import build_optimizers, set_learning_rates
+
+
+class DataParallel:
+    """Every rank holds all weights; DDP averages gradients over the ranks.
+
+    model: on `device` already. settings: resolved TrainingSettings. dynamic: row lengths vary from batch to batch, so
+    compiled code must serve them all. `runner` is what a loss function calls in training.
+    """
+
+    def __init__(self, model, settings, device, dtype, dynamic=False):
+        self.model, self.optimizers = model, build_optimizers(model, settings)
+        if device.type == "cpu":
+            cpu_kernels.install(model, dtype)
+        self.runner = wrap(model, device)
+        if settings.compile:
+            check_compiler(device)
+            self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
+        # float16 alone needs scaling: its smallest numbers swallow gradients that bfloat16 keeps.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def micro_batch(self, last):
+        """Context of one forward and backward pass: gradients stay local until the `last` of a step."""
+        return contextlib.nullcontext() if last or ranks.world_size() == 1 else self.runner.no_sync()
+
+    def backward(self, loss):
+        """Add the gradient of `loss`, this rank's part of the step's loss. (DDP divides the sum by the ranks.)"""
+        self.scaler.scale(loss * ranks.world_size()).backward()
+
+    def gradient_norm(self):
+        """Norm of the whole step's gradient, a tensor; once, after the last micro-batch."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def overflowed(self, norm):
+        """Whether gradients of norm `norm`, a float, only say that float16's scale is too large: the step is skipped."""
+        return self.scaler.is_enabled() and not math.isfinite(norm) and self.scaler.get_scale() >= 1
+
+    def clip(self, norm, limit):
+        """Scale the gradient, whose norm the tensor `norm` is, down to `limit`."""
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+
+    def step(self, factor, skip=False):
+        """Apply the gradients at `factor` times the peak learning rates, or `skip` them; then forget them."""
+        set_learning_rates(self.optimizers, factor)
+        for optimizer in self.optimizers:
+            if not skip:
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+
+    @property
+    def learning_rate(self):
+        """The rate of the last step, AdamW's where there are two optimizers."""
+        return self.optimizers[-1].param_groups[0]["lr"]
+
+    def weights(self):
+        """The state dict that a checkpoint holds."""
+        return self.model.state_dict()
+
+    def state_dict(self):
+        """Optimizers and scaler as tensors and plain values."""
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Undo what happened since state_dict(); rates and decay stay as the settings of this run say."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            groups = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, own in zip(optimizer.param_groups, groups):
+                group.update(own)
+        self.scaler.load_state_dict(state["scaler"])
+
+    def close(self):
+        """Let go of what must not outlive the process group."""
+        self.runner = None
+
+
+def wrap(model, device):
+    """`model` under DistributedDataParallel; the model itself when there is one rank."""
+    if ranks.world_size() == 1:
+        return model
+    # An expert that no token chose has no gradient; without this DDP would wait for it for ever.
+    unused = bool(getattr(model.config, "use_moe", False))
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=unused)

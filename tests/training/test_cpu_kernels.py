@@ -1,0 +1,71 @@
+"""The CPU's training kernels against plain float64, and that training uses them where they belong."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.training import cpu_kernels
+from model.training.cpu_kernels import BlockAttention, ChunkedCrossEntropy
+
+
+@settings(max_examples=12, deadline=None)
+@given(length=st.integers(2, 150), heads=st.sampled_from([(4, 4), (4, 2), (6, 1)]), batch=st.integers(1, 3))
+def test_block_attention_equals_float64_attention(length, heads, batch):
+    generator = torch.Generator().manual_seed(length)
+    shapes = [(batch, heads[0], length, 16), (batch, heads[1], length, 16), (batch, heads[1], length, 16)]
+    inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    gradient = torch.randn(shapes[0], generator=generator).bfloat16()
+    output = BlockAttention.apply(*inputs)
+    output.backward(gradient)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    expected.backward(gradient.double())
+    for ours, reference in [(output, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact))]:
+        assert (ours.double() - reference).norm() < 5e-2 * reference.norm()  # bfloat16; a wrong mask is off by 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 600), ignored=st.floats(0, 1))
+def test_chunked_cross_entropy_equals_the_plain_one(rows, ignored):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(30, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    targets = torch.randint(0, 30, (rows,), generator=generator)
+    targets[torch.rand(rows, generator=generator) < ignored] = -100
+    grads = []
+    for loss in (
+        ChunkedCrossEntropy.apply(x, weight, targets),
+        F.cross_entropy(x @ weight.T, targets, ignore_index=-100, reduction="sum"),
+    ):
+        grads.append((loss.detach(), *torch.autograd.grad(loss * 0.5, (x, weight))))
+    for ours, reference in zip(*grads):
+        assert torch.allclose(ours, reference, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_serve_training_alone_and_change_neither_loss_nor_gradient(monkeypatch, dtype):
+    torch.manual_seed(0)
+    model, used = Transformer(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)), []
+    for kernel in (BlockAttention, ChunkedCrossEntropy):
+        apply = kernel.apply
+        monkeypatch.setattr(kernel, "apply", lambda *inputs, apply=apply, kernel=kernel: used.append(kernel) or apply(*inputs))
+    input_ids, results = torch.randint(0, 300, (2, 70)), []
+    for installed in (False, True):
+        if installed:
+            cpu_kernels.install(model, dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(input_ids, labels=input_ids, return_logits=False).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append((loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
+    assert used.count(ChunkedCrossEntropy) == 1 and used.count(BlockAttention) == (2 if dtype == torch.bfloat16 else 0)
+    (plain_loss, plain), (loss, gradient) = results
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert abs(loss - plain_loss) < tolerance * plain_loss and (gradient - plain).norm() < tolerance * plain.norm()
+    used.clear()
+    with torch.no_grad():
+        model(input_ids, labels=input_ids, return_logits=False)
+    assert not used
