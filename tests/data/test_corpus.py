@@ -7,7 +7,6 @@ import json
 import lzma
 import random
 
-import numpy as np
 import pytest
 from backports import zstd
 from hypothesis import example, given, settings
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 
 from model.data import corpus
 from model.data.corpus import Block, convert_block, drop_foreign, process_corpus, read_blocks, rows_of
-from model.data.deduplication import DigestSet, band_shape, minhash_bands
 from model.data.filters import (
     SENTENCE_ENDS,
     TRAILING,
@@ -349,29 +347,6 @@ def test_compressed_files_of_several_members_are_read_and_cut_ones_refused(tmp_p
 # ------------------------------------------------------------------------------------------------------- duplicates
 
 
-@some_cases
-@given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=60), max_size=8))
-def test_digest_set_is_a_set(batches):
-    digests, model = DigestSet(), set()
-    for batch in batches:
-        values = [max(value, 1) for value in batch]
-        expected = []
-        assert digests.contains(np.array(batch, dtype=np.uint64)).tolist() == [value in model for value in values]
-        for value in values:
-            expected.append(value not in model)
-            model.add(value)
-        assert digests.add(np.array(batch, dtype=np.uint64)).tolist() == expected
-
-
-def test_digest_set_grows_and_stays_compact():
-    values = np.random.default_rng(0).integers(1, 2**64 - 1, 300_000, dtype=np.uint64)
-    digests = DigestSet()
-    for part in np.array_split(values, 7):
-        assert digests.add(part).all()
-    assert digests.contains(values).all() and not digests.contains(values + np.uint64(1)).any()
-    assert sum(table.nbytes for table in digests.tables) < 16 * len(values)
-
-
 def test_exact_duplicates_go_and_the_first_stays(tmp_path):
     texts = ["天地玄黄宇宙", "日月盈昃辰宿", "天地玄黄宇宙", "寒来暑往秋收", "天地玄黄宇宙。"]
     source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in texts])
@@ -392,15 +367,6 @@ def test_near_duplicates_go_and_different_texts_stay(tmp_path, monkeypatch):
     report = process_corpus([source], [tmp_path / "out.csv"], PretrainRules(), near_threshold=0.8)
     assert texts_of(tmp_path / "out.csv") == originals + halves
     assert report.dropped["near_duplicate"] == 40
-
-
-def test_minhash_bands_meet_the_threshold_and_take_texts_of_any_length():
-    for threshold in (0.5, 0.8, 0.9):
-        bands, rows = band_shape(threshold)
-        assert bands * rows <= 128 and abs((1 / bands) ** (1 / rows) - threshold) < 0.03
-    bands = minhash_bands(["你".encode(), "你是谁".encode(), "你".encode(), b"abcdefgh"], 11, 11)
-    assert (bands[0] == bands[2]).all() and not set(bands[0].tolist()) & {*bands[1].tolist(), *bands[3].tolist()}
-    assert minhash_bands([], 11, 11).shape == (0, 11)
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
