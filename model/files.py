@@ -42,6 +42,11 @@ def open_binary(path, raw=None):
         raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None
 
 
+def uncompressed_suffix(path):
+    """The suffix that tells the format: ".csv" for a.csv and a.csv.gz, "" for none."""
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in COMPRESSED_SUFFIXES), "")
+
+
 def expand_paths(patterns):
     """Turn paths and glob patterns into a sorted list of existing files without repeats; an empty match is an error."""
     paths = []

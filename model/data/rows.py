@@ -5,12 +5,11 @@ import csv
 import json
 import re
 import sys
-from pathlib import Path
 
 import orjson
 
 from model.errors import UserError
-from model.files import COMPRESSED_SUFFIXES, open_binary
+from model.files import open_binary, uncompressed_suffix
 
 LONGEST_FIELD = 1 << 28  # characters; the csv module's default of 131,072 is shorter than many a document
 PLACES_KEPT = 10
@@ -143,12 +142,11 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     """
     own_report = report is None
     report = RowReport() if own_report else report
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSED_SUFFIXES]
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
-    if not suffixes or suffixes[-1] not in readers:
+    reader = {".csv": _csv_records, ".jsonl": _jsonl_records}.get(uncompressed_suffix(path))
+    if not reader:
         raise UserError(f"{path}: expected a .csv or .jsonl file (also .gz, .xz, .zst)")
     kept = met = 0
-    for place, record, problem in readers[suffixes[-1]](path, report, columns, json_columns, alternative):
+    for place, record, problem in reader(path, report, columns, json_columns, alternative):
         met, report.rows, report.place = met + 1, report.rows + 1, place
         if problem is None:
             kept += 1
