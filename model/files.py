@@ -1,6 +1,7 @@
 """Files in and out: compressed text is read as a stream, results appear under their final name only when complete."""
 
 import contextlib
+import functools
 import glob
 import gzip
 import lzma
@@ -15,16 +16,16 @@ try:
 except ImportError:
     from backports import zstd
 
+open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 COMPRESSED_SUFFIXES = tuple(DECOMPRESSORS)
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
 @contextlib.contextmanager
-def open_binary(path, raw=None):
+def open_binary(path):
     """Open `path` for reading bytes in a with block, decompressing .gz, .xz and .zst on the way.
 
-    `raw`: the same file, already open, for a caller who follows its position (progress in compressed bytes).
     Raises UserError when the file does not exist or is a directory, and in the block when it is damaged or cut.
     """
     path = Path(path)
@@ -33,10 +34,7 @@ def open_binary(path, raw=None):
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file")
     try:
-        with contextlib.ExitStack() as stack:
-            handle = raw or stack.enter_context(open(path, "rb", buffering=1 << 20))
-            if path.suffix in DECOMPRESSORS:
-                handle = stack.enter_context(DECOMPRESSORS[path.suffix](handle, "rb"))
+        with DECOMPRESSORS.get(path.suffix, open_plain)(path, "rb") as handle:
             yield handle
     except DAMAGED as error:
         raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None

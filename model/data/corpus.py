@@ -7,7 +7,7 @@ the results are merged in input order, so the output does not depend on the numb
 
 import collections
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import orjson
 import psutil
 from tqdm import tqdm
 
@@ -58,17 +57,13 @@ def read_blocks(path, on_progress=lambda count: None):
 
     `on_progress` gets the number of bytes of the (compressed) file consumed since the last call.
     """
-    with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(open(path, "rb", buffering=BLOCK_BYTES)) if Path(path).is_file() else None
-        handle = stack.enter_context(open_binary(path, raw))
+    with open_binary(path) as handle:
         head = handle.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
-        is_list = head.lstrip().startswith(b"[")
-        position = 0
+        is_list, position, is_pipe = head.lstrip().startswith(b"["), 0, not Path(path).is_file()
         for block in list_blocks(str(path), head + handle.read()) if is_list else line_blocks(str(path), handle, head):
             yield block
-            if raw:  # a pipe has no position
-                on_progress(raw.tell() - position)
-                position = raw.tell()
+            if not is_pipe:  # which has no position
+                on_progress(-position + (position := os.lseek(handle.fileno(), 0, os.SEEK_CUR)))
 
 
 def line_blocks(path, handle, chunk):
@@ -103,10 +98,6 @@ def list_blocks(path, data):
 def parse_list(path, data):
     """The items of one JSON list; UserError naming the line where it is broken or breaks off."""
     try:
-        return orjson.loads(data)
-    except ValueError:
-        pass  # what it refuses may still be a list with NaN, or with one bad item
-    try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         line, reason = data.count(b"\n", 0, error.start) + 1, "not UTF-8"
@@ -120,52 +111,56 @@ def parse_list(path, data):
 # ------------------------------------------------------------------------------------------------ converting blocks
 
 
-@dataclasses.dataclass
-class Converted:
-    """What one block became. Documents are in input order; `ends` are the ends of their bytes in `payload`."""
+class Converted(NamedTuple):
+    """What one block became. Documents are in input order; `ends` are the ends of their bytes in `payload`.
+
+    `dropped` counts rows by rule, `bad` has (where, kind, excerpt) of unreadable ones, `memory` is as of memory_now.
+    """
 
     path: str
     input_bytes: int
-    bad: list
     read: int
-    blank: int = 0
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    payload: bytes = b""
-    ends: np.ndarray = None
-    outputs: np.ndarray = None
-    digests: np.ndarray = None
-    bands: np.ndarray = None
-    memory: tuple = ()
+    blank: int
+    dropped: collections.Counter
+    bad: list
+    payload: bytes
+    ends: np.ndarray
+    outputs: np.ndarray
+    digests: np.ndarray | None
+    bands: np.ndarray | None
+    memory: tuple
 
 
 def convert_block(block, rules, dedup, near_bands):
     """Parse and filter the rows of `block`. `near_bands` is (bands, rows per band) of the MinHash signatures or None."""
-    result = Converted(block.path, len(block.data), list(block.problems), len(block.problems))
-    kept = []
+    kept, dropped, bad = [], collections.Counter(), list(block.problems)
+    read, blank = len(bad), 0
     for number, row in rows_of(block):
         if not row or row.isspace():
-            result.blank += 1
+            blank += 1
             continue
-        result.read += 1
+        read += 1
         try:
             kept.append(rules.convert(parse_object(row)))
         except Dropped as reason:
-            result.dropped[str(reason)] += 1
+            dropped[str(reason)] += 1
         except (BadRow, ValueError) as reason:
-            result.bad.append((f"{block.place}{number}", str(reason), excerpt(row)))
+            bad.append((f"{block.place}{number}", str(reason), excerpt(row)))
     if rules.min_chinese > 0:
-        kept = drop_foreign(kept, rules.min_chinese, result.dropped)
+        kept = drop_foreign(kept, rules.min_chinese, dropped)
     payloads = [row.payload for row in kept]
-    result.payload = b"".join(payloads)
-    result.ends = np.cumsum([len(payload) for payload in payloads], dtype=np.int64)
-    result.outputs = np.array([row.output for row in kept], dtype=np.int8)
+    digests = bands = None
     if dedup:
-        digests = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
-        result.digests = np.frombuffer(digests, dtype=np.uint64)
+        joined = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
+        digests = np.frombuffer(joined, dtype=np.uint64)
     if near_bands:
-        result.bands = minhash_bands([row.text for row in kept], *near_bands)
-    result.memory = memory_now()
-    return result
+        bands = minhash_bands([row.text for row in kept], *near_bands)
+    ends = np.cumsum([len(payload) for payload in payloads], dtype=np.int64)
+    outputs = np.array([row.output for row in kept], dtype=np.int8)
+    payload = b"".join(payloads)
+    return Converted(
+        block.path, len(block.data), read, blank, dropped, bad, payload, ends, outputs, digests, bands, memory_now()
+    )
 
 
 def rows_of(block):
@@ -293,24 +288,29 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
             raise UserError(f"{path}: is both input and output; choose another output")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
     report = CorpusReport(inputs, workers if size >= PARALLEL_FROM_BYTES else 1)
+    report.outputs = {str(path): {"rows": 0, "bytes": 0, "left_as_it_was": False} for path in outputs}
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
     near_bands = band_shape(near_threshold) if near_threshold else None
+    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_bands=near_bands)
     try:
-        with (
-            OutputFiles(outputs, rules.frames, bad_lines_path) as files,
-            tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None) as bar,
-        ):
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None))
             blocks = (block for path in inputs for block in read_blocks(path, bar.update))
-            merge_blocks(convert_all(blocks, rules, dedup, near_bands, report.workers), files, report, dedup, near_bands)
+            bad_lines = stack.enter_context(atomic_write(bad_lines_path))
+            files = [
+                (stack.enter_context(output_file(path, *frame, report.outputs[str(path)])), report.outputs[str(path)])
+                for path, frame in zip(outputs, rules.frames)
+            ]
+            duplicates = DuplicateFilter(dedup, near_bands)
+            for block in convert_all(blocks, convert, report.workers):
+                merge_block(block, duplicates, files, bad_lines, report)
             report.refuse_empty_result(inputs)
-            files.finish()
     except OSError as error:
         raise UserError(f"{error.filename or outputs[0]}: {error.strerror}; nothing was written") from error
     if report.bad_kinds:
         report.bad_lines_file = str(bad_lines_path)
     else:
-        bad_lines_path.unlink(missing_ok=True)  # of an earlier run, no longer true
-    report.outputs = {str(path): written for path, written in zip(outputs, files.written)}
+        bad_lines_path.unlink()
     report.seconds = time.perf_counter() - started
     return report
 
@@ -319,52 +319,23 @@ class LeaveAsItWas(Exception):
     """Ends atomic_write without a new file."""
 
 
-class OutputFiles(contextlib.ExitStack):
-    """The output files and the list of bad lines, all of which appear when the block ends without error, or none."""
-
-    def __init__(self, paths, frames, bad_lines_path):
-        super().__init__()
-        self.paths, self.frames, self.bad_lines_path = paths, frames, bad_lines_path
-        self.written = [{"rows": 0, "bytes": 0, "left_as_it_was": False} for _ in paths]
-        self.bad_lines = None
-
-    def __enter__(self):
-        super().__enter__()
-        self.handles = [self.enter_context(self.output(*pair)) for pair in zip(self.paths, self.written)]
-        for output, (header, _) in enumerate(self.frames):
-            self.write(output, header, 0)
-        return self
-
-    @contextlib.contextmanager
-    def output(self, path, written):
-        """atomic_write, but a file without rows replaces no earlier one."""
-        with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
-            yield handle
-            if not written["rows"] and path.exists():
-                written.update(bytes=0, left_as_it_was=True)
-                raise LeaveAsItWas
-
-    def finish(self):
-        for output, (_, footer) in enumerate(self.frames):
-            self.write(output, footer, 0)
-
-    def write(self, output, data, rows):
-        if rows and not self.written[output]["rows"]:
-            data = data[data.startswith(b",") :]  # no comma before the first item of a JSON list
-        self.handles[output].write(data)
-        self.written[output]["rows"] += rows
-        self.written[output]["bytes"] += len(data)
-
-    def write_bad_line(self, where, kind, text):
-        if self.bad_lines is None:
-            self.bad_lines = self.enter_context(atomic_write(self.bad_lines_path))
-        self.bad_lines.write(f"{where}: {kind}: {text}\n".encode())
+@contextlib.contextmanager
+def output_file(path, header, footer, written):
+    """atomic_write with a header and a footer, but a file without rows replaces no earlier one; completes `written`."""
+    with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
+        handle.write(header)
+        yield handle
+        written["left_as_it_was"] = not written["rows"] and path.exists()
+        if written["left_as_it_was"]:
+            raise LeaveAsItWas
+        handle.write(footer)
+        written["bytes"] = handle.tell()
 
 
-def convert_all(blocks, rules, dedup, near_bands, workers):
-    """Yield the Converted of every block, in order, from `workers` processes."""
+def convert_all(blocks, convert, workers):
+    """Yield convert(block) of every block, in order, from `workers` processes."""
     if workers == 1:
-        yield from (convert_block(block, rules, dedup, near_bands) for block in blocks)
+        yield from map(convert, blocks)
         return
     # spawn: a forked copy of a process with threads (NumPy's, the progress bar's) may hang.
     context = multiprocessing.get_context("spawn")
@@ -373,7 +344,7 @@ def convert_all(blocks, rules, dedup, near_bands, workers):
         try:
             for block in blocks:
                 with interrupts_held_back():  # the pool starts its processes here
-                    waiting.append(pool.submit(convert_block, block, rules, dedup, near_bands))
+                    waiting.append(pool.submit(convert, block))
                 if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest block
                     yield waiting.popleft().result()
             while waiting:
@@ -409,26 +380,26 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def merge_blocks(converted, files, report, dedup, near_bands):
-    """Write the new documents of every block in order and add everything up in `report`."""
-    duplicates = DuplicateFilter(dedup, near_bands)
-    for block in converted:
-        report.rows += block.read
-        report.blank_lines += block.blank
-        report.bytes_read += block.input_bytes
-        report.dropped.update(block.dropped)
-        if block.read and block.path in report.files_without_rows:
-            report.files_without_rows.remove(block.path)
-        for where, kind, text in block.bad:
-            report.drop(kind, where)
-            files.write_bad_line(where, kind, text)
-        kept = duplicates.keep(block, report.dropped)
-        for output in range(len(files.paths)):
-            chosen = kept & (block.outputs == output)
-            if chosen.any():
-                files.write(output, select_payload(block, chosen), int(chosen.sum()))
-        for process, size in (block.memory, memory_now()):
-            report.memory[process] = max(size, report.memory.get(process, 0))
+def merge_block(block, duplicates, files, bad_lines, report):
+    """Write the new documents of a Converted block to `files` (handle, counts) and add everything up in `report`."""
+    report.rows += block.read
+    report.blank_lines += block.blank
+    report.bytes_read += block.input_bytes
+    report.dropped.update(block.dropped)
+    if block.read and block.path in report.files_without_rows:
+        report.files_without_rows.remove(block.path)
+    for where, kind, text in block.bad:
+        report.drop(kind, where)
+        bad_lines.write(f"{where}: {kind}: {text}\n".encode())
+    kept = duplicates.keep(block, report.dropped)
+    for number, (handle, written) in enumerate(files):
+        chosen = kept & (block.outputs == number)
+        if chosen.any():
+            data = select_payload(block, chosen)
+            handle.write(data if written["rows"] else data.removeprefix(b","))  # a JSON list begins without one
+            written["rows"] += int(chosen.sum())
+    for process, size in (block.memory, memory_now()):
+        report.memory[process] = max(size, report.memory.get(process, 0))
 
 
 def select_payload(block, chosen):
