@@ -5,7 +5,11 @@ import gzip
 import io
 import json
 import lzma
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 from backports import zstd
@@ -379,3 +383,13 @@ def test_a_run_without_bad_lines_removes_the_list_of_an_earlier_one(tmp_path):
 def test_a_block_without_rows_is_no_trouble():
     result = convert_block(Block("x", "x:", 1, b"\n \n"), PretrainRules(), True, (11, 11))
     assert (result.read, result.blank, len(result.digests), result.bands.shape) == (0, 2, 0, (0, 11))
+
+
+def test_ctrl_c_waits_while_processes_start_and_they_do_not_hear_it():
+    code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    with pytest.raises(KeyboardInterrupt):
+        with corpus.interrupts_held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.stdout == "True\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
