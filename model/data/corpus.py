@@ -165,10 +165,7 @@ def convert_block(block, rules, dedup, near_bands):
 
 def rows_of(block):
     """(number, bytes) of each row of a block."""
-    lines = block.data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    return enumerate(lines, block.first)
+    return enumerate(block.data.removesuffix(b"\n").split(b"\n") if block.data else [], block.first)
 
 
 def drop_foreign(rows, least, dropped):
@@ -265,8 +262,9 @@ class CorpusReport(RowReport):
             others = "" if len(inputs) == 1 else f"and {len(inputs) - 1} more: "
             raise UserError(f"{inputs[0]}: {others}empty, no rows to read")
         ((reason, count),) = self.dropped.most_common(1)
-        cause = f"{count:,} dropped by {reason}: {DROP_RULES.get(reason)}"
-        if reason not in DROP_RULES:
+        if reason in DROP_RULES:
+            cause = f"{count:,} dropped by {reason}: {DROP_RULES[reason]}"
+        else:
             cause = f"{count:,} bad lines: {reason}, first at {self.places[reason][0]}"
         raise UserError(f"none of the {self.rows:,} rows read was kept, nothing written; mostly {cause}")
 
@@ -343,7 +341,7 @@ def convert_all(blocks, convert, workers):
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for block in blocks:
-                with interrupts_held_back():  # the pool starts its processes here
+                with children_without_interrupts():  # the pool starts its processes here
                     waiting.append(pool.submit(convert, block))
                 if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest block
                     yield waiting.popleft().result()
@@ -356,8 +354,8 @@ def convert_all(blocks, convert, workers):
 
 
 @contextlib.contextmanager
-def interrupts_held_back():
-    """Ctrl-C waits until the block ends. A process started in it inherits that: none dies noisily while it imports."""
+def children_without_interrupts():
+    """Processes started in this block inherit a blocked Ctrl-C: none dies noisily while it still imports."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -171,7 +171,7 @@ class _CsvLines:
 
     A carriage return outside quotes ends a row for csv.reader, yet csv.writer (before Python 3.13) leaves it unquoted
     when its line end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates;
-    `marked` says so. `row` holds (number, line) of the lines of the current row.
+    `marked` says so. `row` holds (number, line) of the current row, `again` those to be read once more.
     """
 
     def __init__(self, numbered_lines):
@@ -198,19 +198,6 @@ class _CsvLines:
             line, self.marked = text.replace("\r", CARRIAGE_RETURN_MARK) + line[len(text) :], True
         return number, line
 
-    def start_row(self):
-        self.row.clear()
-        self.marked = bool(self.again) and self.marked
-
-    def read_again(self):
-        """Go back to the second line of this row: an unclosed quote must not swallow the rows behind it."""
-        self.again.extendleft(reversed(self.row[1:]))
-        self.marked = True
-
-    def ends_otherwise(self, before=""):
-        """Whether the row ends in `before` and "\\r\\n" although the header line ends in "\\n"."""
-        return self.row[-1][1].endswith(f"{before}{CARRIAGE_RETURN_MARK}\n")
-
 
 def _csv_rows(path, report):
     """Yield (place, list of fields, None) or (place, None, problem) for every row, the header included."""
@@ -218,23 +205,25 @@ def _csv_rows(path, report):
     lines = _CsvLines(read_lines(path, report))
     reader = csv.reader(lines, strict=True)
     while True:
-        lines.start_row()
-        fields, problem = None, None
+        lines.row, lines.marked = [], bool(lines.again) and lines.marked
+        fields = problem = None
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             problem = f"broken CSV: {error}"
-            if lines.ends_otherwise(before='"'):
-                problem = "the row ends in \\r\\n but the header line in \\n"
-        place = f"{path}:{lines.row[0][0]}"
+        place, end = f"{path}:{lines.row[0][0]}", lines.row[-1][1][-3:]
         if problem:
-            lines.read_again()
+            if end == f'"{CARRIAGE_RETURN_MARK}\n':
+                problem = "the row ends in \\r\\n but the header line in \\n"
+            # Go on with the second line of this row: an unclosed quote must not swallow the rows behind it.
+            lines.again.extendleft(reversed(lines.row[1:]))
+            lines.marked = True
         elif lines.marked:
             if any(map(UNDECODED_BYTE.search, fields)):
                 problem = "not UTF-8"
-            elif lines.ends_otherwise():
+            elif end.endswith(f"{CARRIAGE_RETURN_MARK}\n"):
                 report.note("rows end in \\r\\n but the header line in \\n: the last value keeps the \\r")
             fields = [field.replace(CARRIAGE_RETURN_MARK, "\r") for field in fields]
         if fields or problem:
