@@ -159,6 +159,8 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path):
     assert_one_line_error(pretrain(tmp_path, "--data_path", english), "none of the 3 rows", "--min_chinese")
     assert_one_line_error(pretrain(tmp_path, "--data_path", not_text), "not UTF-8", f"{not_text}:1")
     assert_one_line_error(run_script("data_process.py", "pretrain", "--data_path", english, "--output", english), "both input and output")
+    both = "--output_single", tmp_path / "a.csv", "--output_multi", tmp_path / "a.csv"
+    assert_one_line_error(run_script("data_process.py", "sft", "--data_path", english, *both), tmp_path / "a.csv", "two different outputs")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.jsonl", "empty.jsonl", "english.jsonl"]
 
 

@@ -284,6 +284,8 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     for path in outputs:
         if path.resolve() in {source.resolve() for source in inputs}:
             raise UserError(f"{path}: is both input and output; choose another output")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"{outputs[0]}: is given for two different outputs; choose another for one of them")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
     report = CorpusReport(inputs, workers if size >= PARALLEL_FROM_BYTES else 1)
     report.outputs = {str(path): {"rows": 0, "bytes": 0, "left_as_it_was": False} for path in outputs}

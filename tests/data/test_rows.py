@@ -150,6 +150,14 @@ def test_bad_csv_rows_are_counted_where_they_begin(tmp_path):
     assert f"{path}:11" in "\n".join(report.summary())
 
 
+def test_rows_behind_an_unclosed_quote_are_read_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'q,a\n1,"never closed\n2,a\rb\n3,c\n\xff,d\n4,e\rf\n')
+    records, report = read(path, ("q", "a"))
+    assert [(record["q"], record["a"]) for record in records] == [("2", "a\rb"), ("3", "c"), ("4", "e\rf")]
+    assert report.places["not UTF-8"] == [f"{path}:5"]
+
+
 def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
