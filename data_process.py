@@ -28,8 +28,8 @@ OUTPUTS = {
     "dpo": ("dpo/train_data.json",),
 }
 EPILOGS = {
-    "pretrain": 'Rows: {"text"} (Seq-Monkey, SkyPile), one JSON object a line or one JSON list. Documents longer than --max_chars '
-    "are split at sentence ends; the pieces become neighbouring rows and nothing is lost.",
+    "pretrain": 'Rows: {"text"} (Seq-Monkey, SkyPile), one JSON object a line or one JSON list. A document '
+    "stays whole, however long: cutting it into rows is the work of training.",
     "sft": 'Rows: {"history", "q", "a"}; {"instruction", "input", "output", "history", "language"} (deepctrl, Alpaca), the '
     'question being instruction and input on two lines; {"conversations"} or {"messages"} of role/content or from/value. '
     "Rows without history go to sft_data_single.csv, rows with history to sft_data.csv.",
@@ -81,13 +81,12 @@ def build_parser():
 def add_corpus_flags(parser, rules):
     """Inputs and filters of one kind of rows; the defaults are those of `rules`."""
     what = "document" if isinstance(rules, PretrainRules) else "each question and answer"
-    longer = "0: never split; longer documents are split" if isinstance(rules, PretrainRules) else "0: no limit; longer rows are dropped"
     parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE",
                         help="files or quoted globs: .jsonl, .json, also .gz, .xz, .zst")  # fmt: skip
     parser.add_argument("--min_chars", type=number(int, 0), default=rules.min_chars,
                         help=f"least characters of {what} (default: {rules.min_chars})")  # fmt: skip
     parser.add_argument("--max_chars", type=number(int, 0), default=rules.max_chars,
-                        help=f"most characters of {what}; {longer} (default: {rules.max_chars})")  # fmt: skip
+                        help=f"most characters of {what}, longer ones are dropped; 0: no limit (default: {rules.max_chars})")  # fmt: skip
     parser.add_argument("--min_chinese", type=number(float, 0, 1), default=rules.min_chinese,
                         help="least share of Chinese characters; ASCII digits, punctuation and spaces do not count "
                         f"(default: {rules.min_chinese})")  # fmt: skip
@@ -99,10 +98,10 @@ def add_corpus_flags(parser, rules):
 
 def rules_from(arguments):
     limits = {name: getattr(arguments, name) for name in ("min_chars", "max_chars", "min_chinese")}
-    if arguments.command == "pretrain":
-        return PretrainRules(**limits)
     if 0 < arguments.max_chars < arguments.min_chars:
         raise UserError("--min_chars is larger than --max_chars; nothing could be kept", exit_code=2)
+    if arguments.command == "pretrain":
+        return PretrainRules(**limits)
     if arguments.command == "sft":
         return ConversationRules(**limits, language=arguments.language)
     return PreferenceRules(**limits)

@@ -2,16 +2,7 @@
 
     python train_tokenizer.py --data_path dataset/pretrain_data.csv dataset/sft_data.csv
 
-Ids 0, 1, 2 are <unk>, <s>, </s>. The other words are chosen by byte-pair encoding (Sennrich et al. 2016, arXiv
-1508.07909): every character seen often enough becomes a word; then the pair of neighbouring words seen most often
-becomes a word, again and again. Three choices differ from GPT-2's recipe for the sake of Chinese:
-  - Merging starts from characters, not bytes, so no word holds the end of one character and the start of the next.
-    The result is written as byte-level merges (bytes -> character -> words): any text can be encoded and comes back
-    exactly, and a stream of tokens shows whole characters.
-  - Nothing but newlines and digits is split off beforehand: Chinese has no spaces, and `了。` is a good word. This
-    alone gives 4 % more characters per token.
-  - The sample is shared out fairly between groups of text (files, or values of --group_field), so that one large
-    source does not decide the words for all.
+Ids 0, 1, 2 are <unk>, <s>, </s>; how the other words are chosen is told in model/data/tokenizer_training.py.
 
 The folder the project ships was trained with (data/ holds rows with a "source"; those named last may not be used):
     python train_tokenizer.py --data_path "data/pretrain_zh_open-*.jsonl.xz" data/sft_zh.jsonl.gz \\
@@ -20,28 +11,22 @@ The folder the project ships was trained with (data/ holds rows with a "source";
 """
 
 import argparse
-import collections
-import json
-import random
 import signal
-import sys
 from pathlib import Path
 
 from model.cli import non_negative_int, positive_int
-from model.data.rows import RowReport, iter_records
+from model.data.tokenizer_training import (
+    LARGEST_VOCABULARY,
+    SMALLEST_VOCABULARY,
+    characters_per_token,
+    read_sample,
+    train,
+)
 from model.errors import UserError, run_main
-from model.files import COMPRESSED_SUFFIXES, expand_paths, open_binary
-from model.tokenizer import DEFAULT_TOKENIZER_PATH, ROLES, SPECIAL_TOKENS, byte_characters, save_tokenizer
+from model.files import expand_paths
+from model.tokenizer import DEFAULT_TOKENIZER_PATH, save_tokenizer
 
 DEFAULT_INPUTS = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_data.csv")
-COLUMN_LAYOUTS = (("text",), ("history", "q", "a"))
-JSON_COLUMNS = ("history", "conversations")
-# One token each, however rare in the sample: the names in every turn's header, and the blank of exam questions.
-WHOLE_WORDS = (*ROLES, "____")
-CHARACTER_SHARE = 20e-6  # characters rarer than this are better spelled by their bytes than given a word of their own
-HELD_OUT_SHARE = 0.01
-SMALLEST_VOCABULARY = 512
-LARGEST_VOCABULARY = 1 << 16  # the token cache stores uint16
 
 
 def parse_arguments():
@@ -71,234 +56,21 @@ def parse_arguments():
     return args
 
 
-def iter_documents(path, group_field, report):
-    """Stream (group, text) of a file: of a row of .csv/.jsonl (turns are joined by newlines), of a line of .txt."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSED_SUFFIXES]
-    if suffixes and suffixes[-1] == ".txt":
-        yield from iter_lines(path, report)
-        return
-    columns = column_layout(path) + ((group_field,) if group_field else ())
-    for row in iter_records(path, columns, report, JSON_COLUMNS, alternative="conversations"):
-        try:
-            yield row.get(group_field) or str(path), row_text(row)
-        except (TypeError, KeyError, ValueError):
-            report.drop("history or conversations does not hold texts", report.place)
-
-
-def iter_lines(path, report):
-    with open_binary(path) as handle:
-        for number, line in enumerate(handle, 1):
-            report.rows += 1
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                report.drop("not UTF-8", f"{path}:{number}")
-                continue
-            if text:
-                yield str(path), text
-    if not report.rows:
-        raise UserError(f"{path}: is empty, it has no lines")
-
-
-def column_layout(path):
-    """The columns of the first layout of which the file has a readable row; if none, the first layout's UserError."""
-    complaints = []
-    for columns in COLUMN_LAYOUTS:
-        try:
-            next(iter_records(path, columns, RowReport(), JSON_COLUMNS, alternative="conversations"))
-            return columns
-        except UserError as error:
-            complaints.append(error)
-    raise complaints[0]
-
-
-def row_text(row):
-    if "conversations" in row:
-        texts = [message["content"] for message in row["conversations"]]
-    elif "text" in row:
-        texts = [row["text"]]
-    else:
-        earlier = [text for question, answer in row["history"] or [] for text in (question, answer)]
-        texts = [*earlier, row["q"], row["a"]]
-    return "\n".join(texts)
-
-
-def count_groups(paths, group_field):
-    """Characters of every group, reporting bad rows on stderr: Counter {group: characters}."""
-    from tqdm import tqdm
-
-    sizes = collections.Counter()
-    with tqdm(desc="Counting", unit=" rows", unit_scale=True) as progress:
-        for path in paths:
-            report = RowReport()
-            for group, text in iter_documents(path, group_field, report):
-                sizes[group] += len(text)
-                progress.update()
-            if report.dropped:
-                tqdm.write(f"{path}: " + "\n".join(report.summary()), file=sys.stderr)
-    return sizes
-
-
-def fair_shares(sizes, budget):
-    """Characters to take of each group: all of the small ones, and the same number of all others, `budget` in all."""
-    shares, left = {}, budget
-    for index, (group, size) in enumerate(sorted(sizes.items(), key=lambda item: (item[1], item[0]))):
-        shares[group] = min(size, left // (len(sizes) - index))
-        left -= shares[group]
-    return shares
-
-
-def sample_documents(paths, group_field, sizes, shares, seed):
-    """Draw each group's share evenly from all of its rows -> (documents to train on, held-out documents)."""
-    from tqdm import tqdm
-
-    random_state, left, sample, held_out = random.Random(seed), dict(shares), [], []
-    with tqdm(desc="Sampling", total=sum(shares.values()), unit=" characters", unit_scale=True) as progress:
-        for path in paths:
-            for group, text in iter_documents(path, group_field, RowReport()):
-                if not left.get(group) or random_state.random() * sizes[group] >= shares[group]:
-                    continue
-                text = text[: left[group]]
-                left[group] -= len(text)
-                (held_out if random_state.random() < HELD_OUT_SHARE else sample).append(text)
-                progress.update(len(text))
-    if not held_out and len(sample) > 1:
-        held_out.append(sample.pop())
-    return sample, held_out
-
-
-def choose_alphabet(counts, room):
-    """The frequent characters, most frequent first; their merges take at most `room` words."""
-    lowest = max(2, CHARACTER_SHARE * counts.total())
-    alphabet, merges = [], set()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        utf8 = character.encode()
-        needed = {utf8[:length] for length in range(2, len(utf8) + 1)} - merges
-        if count < lowest or len(merges) + len(needed) > room:
-            break
-        alphabet.append(character)
-        merges |= needed
-    return alphabet
-
-
-def learn_character_merges(sample, alphabet, count):
-    """Byte-pair encoding over characters: the first `count` merges as (left, right) texts, by falling frequency."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    known = set(alphabet)
-    # Nothing merges across a rare character, as nothing does across a newline.
-    rare = {ord(character): "\n" for character in set().union(*map(set, sample)) - known}
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\n+"), "removed"), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    trainer = trainers.BpeTrainer(vocab_size=len(known) + count, min_frequency=2, show_progress=sys.stderr.isatty())
-    tokenizer.train_from_iterator((text.translate(rare) for text in sample), trainer, length=len(sample))
-    return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
-
-
-class ByteLevelVocabulary:
-    """Words and merges of a byte-level BPE, in which control tokens and the 256 bytes come first."""
-
-    def __init__(self, size):
-        self.size = size
-        self.character = byte_characters()
-        self.words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(self.character)))}
-        self.merges = {}  # a dict keeps the order and drops repeats
-
-    def spell(self, data):
-        return "".join(self.character[byte] for byte in data)
-
-    def add(self, left, right):
-        """Merge two words given as bytes, if there is room for the result."""
-        left, right = self.spell(left), self.spell(right)
-        if left + right in self.words or len(self.words) < self.size:
-            self.words.setdefault(left + right, len(self.words))
-            self.merges[left, right] = None
-
-    def add_character(self, character):
-        utf8 = character.encode()
-        for length in range(1, len(utf8)):
-            self.add(utf8[:length], utf8[length : length + 1])
-
-    def add_whole_word(self, word):
-        """Make one word of the pieces `word` is encoded as; these merges come last, so other text keeps its words."""
-        backend = self.backend()
-        pieces = [backend.decoder.decode([piece]).encode() for piece in backend.encode(word).tokens]
-        while len(pieces) > 1:
-            left, right = pieces[:2]
-            self.add(left, right)
-            merged = []
-            while pieces:
-                merged.append(pieces.pop(0))
-                if merged[-1] == left and pieces[:1] == [right]:
-                    merged[-1] += pieces.pop(0)
-            pieces = merged
-
-    def backend(self):
-        """The standard `tokenizers.Tokenizer` of these words."""
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-        tokenizer = Tokenizer(models.BPE(vocab=self.words, merges=list(self.merges)))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_TOKENS])
-        return tokenizer
-
-
-def train(sample, vocab_size):
-    """Train on a list of texts -> tokenizers.Tokenizer. Raises UserError when the text has too few different words."""
-    vocabulary = ByteLevelVocabulary(vocab_size)
-    room = vocab_size - len(vocabulary.words)
-    counts = collections.Counter()
-    for text in sample:
-        counts.update(text)
-    del counts["\n"]
-    alphabet = choose_alphabet(counts, room * 2 // 3)
-    for character in alphabet:
-        vocabulary.add_character(character)
-    room = vocab_size - len(vocabulary.words)
-    merges = learn_character_merges(sample, alphabet, room)
-    reserved = sum(len(word) - 1 for word in WHOLE_WORDS)
-    for left, right in merges[: max(0, len(merges) - reserved)]:
-        vocabulary.add(left.encode(), right.encode())
-    for word in WHOLE_WORDS:
-        vocabulary.add_whole_word(word)
-    for left, right in merges[max(0, len(merges) - reserved) :]:
-        vocabulary.add(left.encode(), right.encode())
-    if len(vocabulary.words) < vocab_size:
-        raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
-                        f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size")
-    return vocabulary.backend()
-
-
-def characters_per_token(backend, texts):
-    tokens = sum(len(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False))
-    return sum(map(len, texts)) / max(1, tokens)
-
-
 def main():
     args = parse_arguments()
-    paths = expand_paths(args.data_path)
-    sizes = count_groups(paths, args.group_field)
-    kept = {group: size for group, size in sizes.items() if not group.startswith(tuple(args.exclude_groups))}
-    if not sum(kept.values()):
-        raise UserError(f"{', '.join(map(str, paths))}: no text to train on; look at --data_path and --exclude_groups")
-    shares = fair_shares(kept, args.max_chars)
-    sample, held_out = sample_documents(paths, args.group_field, kept, shares, args.seed)
-    print(f"{sum(sizes.values()):,} characters in {len(sizes)} groups, {len(sizes) - len(kept)} groups excluded; "
-          f"training on {sum(map(len, sample)):,} characters of {len(sample):,} documents")
+    sample = read_sample(
+        expand_paths(args.data_path), args.max_chars, args.group_field, args.exclude_groups, args.seed
+    )
+    groups, excluded = len(sample.sizes), len(sample.sizes) - len(sample.kept_sizes)
+    print(f"{sum(sample.sizes.values()):,} characters in {groups} groups, {excluded} groups excluded; "
+          f"training on {sum(map(len, sample.texts)):,} characters of {len(sample.texts):,} documents")
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the compiled loop would notice Ctrl-C only at its end
-    backend = train(sample, args.vocab_size)
+    backend = train(sample.texts, args.vocab_size)
     signal.signal(signal.SIGINT, handler)
     save_tokenizer(backend, args.output_dir)
-    if held_out:
-        compression = characters_per_token(backend, held_out)
-        print(f"characters per token on {len(held_out):,} held-out documents: {compression:.3f}")
+    if sample.held_out:
+        compression = characters_per_token(backend, sample.held_out)
+        print(f"characters per token on {len(sample.held_out):,} held-out documents: {compression:.3f}")
     print(f"{args.output_dir}: {backend.get_vocab_size()} words written")
 
 

@@ -1,69 +1,48 @@
 """Files in and out: compressed text is read as a stream, results appear under their final name only when complete."""
 
 import contextlib
+import functools
 import glob
 import gzip
-import io
 import lzma
 import os
+import zlib
 from pathlib import Path
 
 from model.errors import UserError
 
-COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    from backports import zstd
+
+open_plain = functools.partial(open, buffering=1 << 20)
+DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
+COMPRESSED_SUFFIXES = tuple(DECOMPRESSORS)
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
-def open_binary(path, raw=None):
-    """Open `path` for reading bytes, decompressing .gz, .xz and .zst on the way.
+@contextlib.contextmanager
+def open_binary(path):
+    """Open `path` for reading bytes in a with block, decompressing .gz, .xz and .zst on the way.
 
-    `raw`: the same file, already open, for a caller who follows its position (progress in compressed bytes).
-    Raises UserError when the file does not exist or is a directory.
+    Raises UserError when the file does not exist or is a directory, and in the block when it is damaged or cut.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file")
-    if path.suffix == ".gz":
-        return gzip.open(raw or path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(raw or path, "rb")
-    if path.suffix == ".zst":
-        return io.BufferedReader(ZstandardFile(raw or open(path, "rb")), buffer_size=1 << 20)
-    return raw or open(path, "rb", buffering=1 << 20)
+    try:
+        with DECOMPRESSORS.get(path.suffix, open_plain)(path, "rb") as handle:
+            yield handle
+    except DAMAGED as error:
+        raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None
 
 
-class ZstandardFile(io.RawIOBase):
-    """Decompressed bytes of one or more frames; EOFError when the file breaks off (zstandard's reader takes that for the end)."""
-
-    def __init__(self, source):
-        import zstandard
-
-        self.source, self.decompressor = source, zstandard.ZstdDecompressor()
-        self.frame, self.compressed, self.decompressed = None, b"", memoryview(b"")
-
-    def readable(self):
-        return True
-
-    def close(self):
-        self.source.close()
-        super().close()
-
-    def readinto(self, target):
-        while not self.decompressed:
-            self.compressed = self.compressed or self.source.read(1 << 14)
-            if not self.compressed:
-                if self.frame:
-                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self.frame = self.frame or self.decompressor.decompressobj()
-            self.decompressed = memoryview(self.frame.decompress(self.compressed))
-            self.compressed = self.frame.unused_data
-            self.frame = None if self.frame.eof else self.frame
-        count = min(len(target), len(self.decompressed))
-        target[:count] = self.decompressed[:count]
-        self.decompressed = self.decompressed[count:]
-        return count
+def uncompressed_suffix(path):
+    """The suffix that tells the format: ".csv" for a.csv and a.csv.gz, "" for none."""
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in COMPRESSED_SUFFIXES), "")
 
 
 def expand_paths(patterns):
@@ -100,8 +79,10 @@ def atomic_write(path, mode="wb", **open_arguments):
 
 
 def sync_directory(directory):
-    """Make a rename inside `directory` durable (POSIX needs an fsync of the directory itself)."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    """Make a rename inside `directory` durable: POSIX needs an fsync of the directory itself, Windows cannot open one."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

@@ -49,7 +49,7 @@ def test_pretrain_reads_globs_and_compressed_files_and_reports(tmp_path):
                          "--report", tmp_path / "report.json")  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert [row["text"] for row in rows_of(tmp_path / "out/pretrain_data.csv")] == TEXTS
-    for part in ("rows read", "202", "bad lines", f"invalid JSON, first at {tmp_path}/b.jsonl.gz:101", "min_chinese", "MB/s", "peak memory"):
+    for part in ("rows read", "202", "bad lines", f"not JSON, first at {tmp_path}/b.jsonl.gz:101", "min_chinese", "MB/s", "peak memory"):
         assert part in process.stdout
     report = json.loads((tmp_path / "report.json").read_text())["pretrain"]
     assert (report["rows_read"], report["documents_kept"], report["bad_lines"], report["dropped"]) == (202, 200, 1, {"min_chinese": 1})
@@ -95,11 +95,11 @@ def test_dpo(tmp_path):
 
 
 def test_flags_decide_what_is_kept(tmp_path):
-    source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in ("天地玄黄，宇宙洪荒。" * 3, "天地", "天地", "heaven and earth")])
+    source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in ("天地玄黄，宇宙洪荒。" * 3, "天地", "天地", "heaven")])
     process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--min_chars", 2,
                          "--max_chars", 10, "--min_chinese", 0, "--no_dedup")  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。"] * 3 + ["天地"] * 2 + ["heaven ", "and earth"]
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地", "天地", "heaven"] and "longer than --max_chars" in process.stdout
     process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--near_dedup", "--min_chars", 2)
     assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。" * 3, "天地"], process.stderr
 
@@ -157,14 +157,17 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path):
     assert_one_line_error(pretrain(tmp_path, "--data_path", tmp_path), "is a directory")
     assert_one_line_error(pretrain(tmp_path, "--data_path", empty), empty, "empty")
     assert_one_line_error(pretrain(tmp_path, "--data_path", english), "none of the 3 rows", "--min_chinese")
-    assert_one_line_error(pretrain(tmp_path, "--data_path", not_text), "invalid UTF-8", f"{not_text}:1")
+    assert_one_line_error(pretrain(tmp_path, "--data_path", not_text), "not UTF-8", f"{not_text}:1")
     assert_one_line_error(run_script("data_process.py", "pretrain", "--data_path", english, "--output", english), "both input and output")
+    both = "--output_single", tmp_path / "a.csv", "--output_multi", tmp_path / "a.csv"
+    assert_one_line_error(run_script("data_process.py", "sft", "--data_path", english, *both), tmp_path / "a.csv", "two different outputs")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.jsonl", "empty.jsonl", "english.jsonl"]
 
 
 @pytest.mark.parametrize("flags", [[], ["pretrain"], ["other"], ["pretrain", "--data_path", "x", "--workers", "0"],
                                    ["sft", "--data_path", "x", "--min_chinese", "2"],
-                                   ["dpo", "--data_path", "x", "--min_chars", "9", "--max_chars", "3"]])  # fmt: skip
+                                   ["dpo", "--data_path", "x", "--min_chars", "9", "--max_chars", "3"],
+                                   ["pretrain", "--data_path", "x", "--min_chars", "9", "--max_chars", "3"]])  # fmt: skip
 def test_wrong_usage_is_code_2(flags):
     assert_one_line_error(run_script("data_process.py", *flags), code=2)
 
@@ -238,6 +241,6 @@ def test_interruption_leaves_nothing_and_says_so_in_one_line(tmp_path, large_fil
 
 def test_help_names_the_defaults_and_needs_no_torch():
     process = run_script("data_process.py", "pretrain", "--help")
-    assert process.returncode == 0 and "default: 512" in process.stdout
+    assert process.returncode == 0 and "0: no limit (default: 0)" in process.stdout
     code = "import sys; import data_process; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-import train_tokenizer
 from conftest import assert_one_line_error, run_script
+from model.data.tokenizer_training import fair_shares, sample_documents
 from model.tokenizer import (
     SPECIAL_TOKENS,
     encode_text,
@@ -110,10 +110,10 @@ def test_same_seed_same_tokenizer_and_the_sample_is_capped(trained, tmp_path):
 
 
 def test_shares_are_fair_and_spread_over_the_file(tmp_path):
-    assert train_tokenizer.fair_shares({"a": 10, "b": 1000, "c": 500}, 210) == {"a": 10, "b": 100, "c": 100}
-    assert train_tokenizer.fair_shares({"a": 10, "b": 20}, 1000) == {"a": 10, "b": 20}
+    assert fair_shares({"a": 10, "b": 1000, "c": 500}, 210) == {"a": 10, "b": 100, "c": 100}
+    assert fair_shares({"a": 10, "b": 20}, 1000) == {"a": 10, "b": 20}
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{index:05}"} for index in range(2000)])
-    sample, held_out = train_tokenizer.sample_documents([path], None, {str(path): 10_000}, {str(path): 1000}, seed=0)
+    sample, held_out = sample_documents([path], None, {str(path): 10_000}, {str(path): 1000}, seed=0)
     rows = sorted(map(int, sample + held_out))
     assert 150 < len(rows) <= 200
     assert rows[0] < 100 and 850 < rows[len(rows) // 2] < 1150 and rows[-1] > 1700

@@ -1,17 +1,17 @@
-"""Raw corpora -> training files: stream JSON rows, filter, split, remove duplicates, write CSV or JSON atomically.
+"""Raw corpora -> training files: stream JSON rows, filter, remove duplicates, write CSV or JSON atomically.
 
 Input is read in blocks of whole lines; each block is converted on its own (in this process or by a pool of workers) and
 the results are merged in input order, so the output does not depend on the number of workers and memory stays flat.
+(Only a file that is one JSON list is read as a whole.)
 """
 
 import collections
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -21,36 +21,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import orjson
+import psutil
 from tqdm import tqdm
 
 from model.data.deduplication import DuplicateFilter, band_shape, minhash_bands
 from model.data.filters import DROP_RULES, BadRow, Dropped, chinese_share
+from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
 from model.errors import UserError
-from model.files import COMPRESSED_SUFFIXES, atomic_write, open_binary
+from model.files import atomic_write, open_binary
 
 BLOCK_BYTES = 1 << 20
+BLOCK_ITEMS = 500  # of a JSON list
 LONGEST_LINE_BYTES = 64 << 20  # a longer "line" is a wrong file; holding it would break the promise of flat memory
 PARALLEL_FROM_BYTES = 8 << 20  # below this, starting workers takes longer than the work
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 # -------------------------------------------------------------------------------------------------- reading blocks
 
 
 class Block(NamedTuple):
-    """Some whole rows of one file. `spans` (start, end, line) of the rows in `data`, or None: one row a line.
+    """Some whole rows of one file as JSON lines, the first of which is at f"{place}{first}".
 
-    `problems` are (line, kind, excerpt) of rows that the reader itself had to give up on. `offset` is where `data` begins
-    in an uncompressed file, else None.
+    `problems` are (where, kind, excerpt) of rows that the reader itself had to give up on.
     """
 
     path: str
-    first_line: int
+    place: str
+    first: int
     data: bytes
-    spans: list | None = None
     problems: tuple = ()
-    offset: int | None = None
 
 
 def read_blocks(path, on_progress=lambda count: None):
@@ -58,185 +57,115 @@ def read_blocks(path, on_progress=lambda count: None):
 
     `on_progress` gets the number of bytes of the (compressed) file consumed since the last call.
     """
-    with contextlib.ExitStack() as stack:
-        raw = stack.enter_context(open(path, "rb", buffering=BLOCK_BYTES)) if Path(path).is_file() else None
-        handle = stack.enter_context(open_binary(path, raw))
-        position = 0
-        try:
-            for block in parse_blocks(str(path), handle):
-                yield block if handle is raw else block._replace(offset=None)
-                if raw:  # a pipe has no position
-                    on_progress(raw.tell() - position)
-                    position = raw.tell()
-        except Exception as error:  # zlib, lzma and zstandard have error classes of their own
-            if Path(path).suffix not in COMPRESSED_SUFFIXES:
-                raise
-            raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None
+    with open_binary(path) as handle:
+        head = handle.read(BLOCK_BYTES).removeprefix(BYTE_ORDER_MARK)
+        is_list, position, is_pipe = head.lstrip().startswith(b"["), 0, not Path(path).is_file()
+        for block in list_blocks(str(path), head + handle.read()) if is_list else line_blocks(str(path), handle, head):
+            yield block
+            if not is_pipe:  # which has no position
+                on_progress(-position + (position := os.lseek(handle.fileno(), 0, os.SEEK_CUR)))
 
 
-def parse_blocks(path, handle):
-    start = handle.read(BLOCK_BYTES)
-    head = start.removeprefix(BYTE_ORDER_MARK)
-    if head.lstrip()[:1] == b"[" and not is_line_of_lists(head):
-        return list_blocks(path, handle, head)
-    return line_blocks(path, handle, head, len(start) - len(head))
-
-
-def is_line_of_lists(head):
-    """Whether a file that begins with "[" is JSONL with a list on each line (and not one list of rows)."""
-    first, _, rest = head.lstrip().partition(b"\n")
-    try:
-        return rest.lstrip()[:1] == b"[" and isinstance(orjson.loads(first), list)
-    except ValueError:
-        return False
-
-
-def line_blocks(path, handle, chunk, position):
-    """Blocks of whole lines; `position` is where `chunk` begins in what `handle` reads."""
-    pending, pending_bytes, line, skipping = [], 0, 1, False
+def line_blocks(path, handle, chunk):
+    line = 1
     while chunk:
-        cut = chunk.rfind(b"\n") + 1
-        if skipping and cut:  # the end of the overlong line
-            start = chunk.index(b"\n") + 1
-            chunk, position, cut, line, skipping = chunk[start:], position + start, cut - start, line + 1, False
-        if cut:
-            data = b"".join([*pending, chunk[:cut]])
-            yield Block(path, line, data, offset=position - pending_bytes)
-            line += data.count(b"\n")
-            pending, pending_bytes = [], 0
-        if not skipping:
-            pending.append(chunk[cut:])
-            pending_bytes += len(chunk) - cut
-        if pending_bytes > LONGEST_LINE_BYTES:
-            yield Block(path, line, b"", problems=((line, too_long(), excerpt(pending[0])),))
-            pending, pending_bytes, skipping = [], 0, True
-        position += len(chunk)
+        if not chunk.endswith(b"\n"):
+            chunk += handle.readline(LONGEST_LINE_BYTES)
+        problems, whole = (), chunk.rfind(b"\n") + 1
+        if len(chunk) - whole >= LONGEST_LINE_BYTES:
+            chunk, rest = chunk[:whole], chunk[whole:]
+            overlong = line + chunk.count(b"\n")
+            problems = ((f"{path}:{overlong}", f"longer than {LONGEST_LINE_BYTES >> 20} MiB", excerpt(rest)),)
+            while rest and not rest.endswith(b"\n"):
+                rest = handle.readline(BLOCK_BYTES)
+        yield Block(path, f"{path}:", line, chunk, problems)
+        line += chunk.count(b"\n") + len(problems)
         chunk = handle.read(BLOCK_BYTES)
-    if pending_bytes:
-        yield Block(path, line, b"".join(pending), offset=position - pending_bytes)
-
-
-def too_long():
-    return f"longer than {LONGEST_LINE_BYTES >> 20} MiB"
 
 
 def excerpt(row):
     return row[:200].decode("utf-8", "backslashreplace")
 
 
-# Strings are skipped as a whole, so brackets inside them do not count; a quote without its partner means that the
-# buffer ends inside a string.
-LIST_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]|"', re.DOTALL)
+def list_blocks(path, data):
+    items = parse_list(path, data)
+    for start in range(0, len(items), BLOCK_ITEMS):
+        lines = (json.dumps(item, ensure_ascii=False) for item in items[start : start + BLOCK_ITEMS])
+        # Half a surrogate pair becomes the JSON escape that it came from, to be found where rows are parsed.
+        yield Block(path, f"{path}: item ", start + 1, "\n".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def list_blocks(path, handle, buffer):
-    """Blocks of the items of one JSON list, found by their brackets without parsing the whole file."""
-    line, finished = 1, False
-    opening = buffer.index(b"[") + 1
-    line += buffer.count(b"\n", 0, opening)
-    buffer = buffer[opening:]
-    while True:
-        spans, problems, consumed, finished = scan_items(buffer, line)
-        if finished and buffer[consumed:].strip():
-            problems.append((line + buffer.count(b"\n", 0, consumed), "text after the list", excerpt(buffer[consumed:])))
-        if spans or problems:
-            yield Block(path, line, buffer[:consumed], spans, tuple(problems))
-        line += buffer.count(b"\n", 0, consumed)
-        buffer = buffer[consumed:]
-        chunk = b"" if finished else handle.read(BLOCK_BYTES)
-        if not chunk:
-            break
-        if len(buffer) > LONGEST_LINE_BYTES:
-            yield Block(path, line, b"", problems=((line, f"{too_long()}; rest of the list lost", excerpt(buffer)),))
-            return
-        buffer += chunk
-    if not finished:
-        rest = buffer.lstrip(b", \t\r\n")
-        line += buffer.count(b"\n", 0, len(buffer) - len(rest))
-        yield Block(path, line, b"", problems=((line, "the list breaks off here", excerpt(rest)),))
-
-
-def scan_items(buffer, line):
-    """(spans, problems, bytes consumed, whether the list ended) of the complete items at the start of `buffer`."""
-    spans, problems, depth, begin, end, counted = [], [], 0, 0, 0, 0
-    for token in LIST_TOKEN.finditer(buffer):
-        kind = token[0]
-        if kind == b'"':
-            break
-        if kind in (b"{", b"["):
-            if depth == 0:
-                begin = token.start()
-            depth += 1
-        elif kind in (b"}", b"]"):
-            depth -= 1
-            if depth > 0:
-                continue
-            stop = begin if depth == 0 else token.start()
-            between = buffer[end:stop].strip(b", \t\r\n")
-            if between:
-                place = line + buffer.count(b"\n", counted, buffer.index(between, end))
-                problems.append((place, "not a JSON object", excerpt(between)))
-            line, counted = line + buffer.count(b"\n", counted, stop), stop
-            end = token.end()
-            if depth < 0:
-                return spans, problems, end, True
-            spans.append((begin, end, line))
-    return spans, problems, end, False
+def parse_list(path, data):
+    """The items of one JSON list; UserError naming the line where it is broken or breaks off."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line, reason = data.count(b"\n", 0, error.start) + 1, "not UTF-8"
+    except json.JSONDecodeError as error:
+        line, reason = error.lineno, f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        line, reason = 1, "brackets within brackets within brackets"
+    raise UserError(f"{path}:{line}: the JSON list cannot be read ({reason}); mend it there or fetch the file again")
 
 
 # ------------------------------------------------------------------------------------------------ converting blocks
 
 
-@dataclasses.dataclass
-class Converted:
-    """What one block became. Documents are in input order; `ends` are the ends of their bytes in `payload`."""
+class Converted(NamedTuple):
+    """What one block became. Documents are in input order; `ends` are the ends of their bytes in `payload`.
+
+    `dropped` counts rows by rule, `bad` has (where, kind, excerpt) of unreadable ones, `memory` is as of memory_now.
+    """
 
     path: str
-    read: int = 0
-    blank: int = 0
-    input_bytes: int = 0
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    bad: list = dataclasses.field(default_factory=list)
-    payload: bytes = b""
-    ends: np.ndarray = None
-    outputs: np.ndarray = None
-    rows: np.ndarray = None
-    digests: np.ndarray = None
-    bands: np.ndarray = None
-    process: tuple = ()
+    input_bytes: int
+    read: int
+    blank: int
+    dropped: collections.Counter
+    bad: list
+    payload: bytes
+    ends: np.ndarray
+    outputs: np.ndarray
+    digests: np.ndarray | None
+    bands: np.ndarray | None
+    memory: tuple
 
 
 def convert_block(block, rules, dedup, near_bands):
     """Parse and filter the rows of `block`. `near_bands` is (bands, rows per band) of the MinHash signatures or None."""
-    result = Converted(block.path, input_bytes=len(block.data), bad=list(block.problems), read=len(block.problems))
-    kept = []
-    for line, row in rows_of(block):
+    kept, dropped, bad = [], collections.Counter(), list(block.problems)
+    read, blank = len(bad), 0
+    for number, row in rows_of(block):
         if not row or row.isspace():
-            result.blank += 1
+            blank += 1
             continue
-        result.read += 1
+        read += 1
         try:
-            kept.append(rules.convert(parse_row(row)))
+            kept.append(rules.convert(parse_object(row)))
         except Dropped as reason:
-            result.dropped[str(reason)] += 1
-        except BadRow as reason:
-            result.bad.append((line, str(reason), excerpt(row)))
-        except UnicodeEncodeError:
-            result.bad.append((line, "half a surrogate pair in a text", excerpt(row)))
+            dropped[str(reason)] += 1
+        except (BadRow, ValueError) as reason:
+            bad.append((f"{block.place}{number}", str(reason), excerpt(row)))
     if rules.min_chinese > 0:
-        kept = drop_foreign(kept, rules.min_chinese, result.dropped)
+        kept = drop_foreign(kept, rules.min_chinese, dropped)
     payloads = [row.payload for row in kept]
-    result.payload = b"".join(payloads)
-    result.ends = np.cumsum([len(payload) for payload in payloads], dtype=np.int64)
-    result.outputs = np.array([row.output for row in kept], dtype=np.int8)
-    result.rows = np.array([row.rows for row in kept], dtype=np.int64)
+    digests = bands = None
     if dedup:
-        digests = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
-        result.digests = np.frombuffer(digests, dtype=np.uint64)
+        joined = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
+        digests = np.frombuffer(joined, dtype=np.uint64)
     if near_bands:
-        result.bands = minhash_bands([row.text for row in kept], *near_bands)
-    result.process = os.getpid(), peak_memory()
-    return result
+        bands = minhash_bands([row.text for row in kept], *near_bands)
+    ends = np.cumsum([len(payload) for payload in payloads], dtype=np.int64)
+    outputs = np.array([row.output for row in kept], dtype=np.int8)
+    payload = b"".join(payloads)
+    return Converted(
+        block.path, len(block.data), read, blank, dropped, bad, payload, ends, outputs, digests, bands, memory_now()
+    )
+
+
+def rows_of(block):
+    """(number, bytes) of each row of a block."""
+    return enumerate(block.data.removesuffix(b"\n").split(b"\n") if block.data else [], block.first)
 
 
 def drop_foreign(rows, least, dropped):
@@ -258,90 +187,61 @@ def drop_foreign(rows, least, dropped):
     return kept
 
 
-def rows_of(block):
-    """(line number, bytes) of each row of a block."""
-    if block.spans is None:
-        lines = block.data.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
-        return enumerate(lines, block.first_line)
-    return ((line, block.data[start:end]) for start, end, line in block.spans)
-
-
-def parse_row(row):
-    try:
-        record = orjson.loads(row)
-    except ValueError:
-        record = parse_leniently(row)
-    if not isinstance(record, dict):
-        raise BadRow("not a JSON object")
-    return record
-
-
-def parse_leniently(row):
-    """The standard parser for what orjson refuses but Python's own json writes (NaN, large integers)."""
-    try:
-        return json.loads(row.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadRow("invalid UTF-8") from None
-    except (ValueError, RecursionError):
-        raise BadRow("invalid JSON") from None
-
-
-def peak_memory():
-    """Largest resident memory of this process so far, in bytes."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def memory_now():
+    """(process id, resident bytes): on Windows the most so far, elsewhere those of this moment, the end of a block."""
+    memory = psutil.Process().memory_info()
+    return os.getpid(), getattr(memory, "peak_wset", memory.rss)
 
 
 # -------------------------------------------------------------------------------------------------------- the run
 
 
-@dataclasses.dataclass
-class Report:
-    """What a run did: counts of rows, bytes and seconds. `bad_kinds` maps kind -> [count, first "file:line"]."""
+class CorpusReport(RowReport):
+    """A RowReport of a run, with its files and what it took. Whatever is not dropped by a rule is a bad line."""
 
-    files: int = 0
-    rows_read: int = 0
-    blank_lines: int = 0
-    dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    bad_kinds: dict = dataclasses.field(default_factory=dict)
-    bad_lines_file: str | None = None
-    documents_kept: int = 0
-    documents_split: int = 0
-    outputs: dict = dataclasses.field(default_factory=dict)
-    files_without_rows: list = dataclasses.field(default_factory=list)
-    input_bytes: int = 0
-    seconds: float = 0.0
-    workers: int = 1
-    peak_memory_bytes: int = 0
+    def __init__(self, inputs, workers):
+        super().__init__()
+        self.files, self.files_without_rows, self.workers = len(inputs), [str(path) for path in inputs], workers
+        self.blank_lines, self.bad_lines_file, self.outputs = 0, None, {}
+        self.seconds, self.memory = 0.0, {}  # process id -> bytes
 
     @property
-    def bad_lines(self):
-        return sum(count for count, _ in self.bad_kinds.values())
+    def bad_kinds(self):
+        """{kind: [count, "file:line" of the first]}"""
+        return {kind: [self.dropped[kind], places[0]] for kind, places in self.places.items() if kind not in DROP_RULES}
 
     @property
     def megabytes_per_second(self):
-        return self.input_bytes / 1e6 / max(self.seconds, 1e-9)
+        return self.bytes_read / 1e6 / max(self.seconds, 1e-9)
 
     def as_dict(self):
-        values = {**dataclasses.asdict(self), "dropped": {key: count for key, count in self.dropped.items() if count}}
-        return {**values, "bad_lines": self.bad_lines, "megabytes_per_second": round(self.megabytes_per_second, 1)}
+        """What --report writes."""
+        return {
+            "files": self.files,
+            "rows_read": self.rows,
+            "blank_lines": self.blank_lines,
+            "dropped": {rule: self.dropped[rule] for rule in DROP_RULES if self.dropped[rule]},
+            "bad_kinds": self.bad_kinds,
+            "bad_lines_file": self.bad_lines_file,
+            "documents_kept": self.kept,
+            "outputs": self.outputs,
+            "files_without_rows": self.files_without_rows,
+            "input_bytes": self.bytes_read,
+            "seconds": self.seconds,
+            "workers": self.workers,
+            "peak_memory_bytes": sum(self.memory.values()),
+            "bad_lines": sum(count for count, _ in self.bad_kinds.values()),
+            "megabytes_per_second": round(self.megabytes_per_second, 1),
+        }
 
     def table(self):
         """The report as lines of text."""
-        lines = [("rows read", self.rows_read, f"in {self.files} file{'s' * (self.files != 1)}")]
+        lines = [("rows read", self.rows, f"in {self.files} file{'s' * (self.files != 1)}")]
         lines += [(f"dropped: {key}", self.dropped[key], why) for key, why in DROP_RULES.items() if self.dropped[key]]
         lines += [("bad lines", count, f"{kind}, first at {first}") for kind, (count, first) in self.bad_kinds.items()]
         if self.blank_lines:
             lines.append(("blank lines", self.blank_lines, "skipped"))
-        split = f"{self.documents_split:,} of them split at sentence ends" if self.documents_split else ""
-        lines.append(("documents kept", self.documents_kept, split))
+        lines.append(("documents kept", self.kept, ""))
         for path, written in self.outputs.items():
             size = "left as it was" if written["left_as_it_was"] else f"{written['bytes'] / 1e6:.1f} MB"
             lines.append(("rows written", written["rows"], f"{path}, {size}"))
@@ -350,13 +250,27 @@ class Report:
             text += f"\nall bad lines: {self.bad_lines_file}"
         text += "".join(f"\nnote: {path} has no rows" for path in self.files_without_rows)
         return text + (
-            f"\n{self.input_bytes / 1e6:.1f} MB in {self.seconds:.1f} s = {self.megabytes_per_second:.0f} MB/s, "
-            f"{self.workers} worker{'s' * (self.workers != 1)}, peak memory {self.peak_memory_bytes / 1e6:.0f} MB"
+            f"\n{self.bytes_read / 1e6:.1f} MB in {self.seconds:.1f} s = {self.megabytes_per_second:.0f} MB/s, "
+            f"{self.workers} worker{'s' * (self.workers != 1)}, peak memory {sum(self.memory.values()) / 1e6:.0f} MB"
         )
+
+    def refuse_empty_result(self, inputs):
+        """Raise UserError, saying why, when no row was kept."""
+        if self.kept:
+            return
+        if not self.rows:
+            others = "" if len(inputs) == 1 else f"and {len(inputs) - 1} more: "
+            raise UserError(f"{inputs[0]}: {others}empty, no rows to read")
+        ((reason, count),) = self.dropped.most_common(1)
+        if reason in DROP_RULES:
+            cause = f"{count:,} dropped by {reason}: {DROP_RULES[reason]}"
+        else:
+            cause = f"{count:,} bad lines: {reason}, first at {self.places[reason][0]}"
+        raise UserError(f"none of the {self.rows:,} rows read was kept, nothing written; mostly {cause}")
 
 
 def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, workers=1, description=None):
-    """Convert the files `inputs` to the files `outputs` (one per frame of `rules`) and return the Report.
+    """Convert the files `inputs` to the files `outputs` (one per frame of `rules`) and return the CorpusReport.
 
     near_threshold: Jaccard similarity of character 5-grams above which a document is a near duplicate; None: keep them.
     workers: processes that parse and filter; the output is the same for any number.
@@ -370,27 +284,33 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     for path in outputs:
         if path.resolve() in {source.resolve() for source in inputs}:
             raise UserError(f"{path}: is both input and output; choose another output")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"{outputs[0]}: is given for two different outputs; choose another for one of them")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
-    report = Report(files=len(inputs), workers=workers if size >= PARALLEL_FROM_BYTES else 1)
+    report = CorpusReport(inputs, workers if size >= PARALLEL_FROM_BYTES else 1)
+    report.outputs = {str(path): {"rows": 0, "bytes": 0, "left_as_it_was": False} for path in outputs}
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
     near_bands = band_shape(near_threshold) if near_threshold else None
+    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_bands=near_bands)
     try:
-        with (
-            OutputFiles(outputs, rules.frames, bad_lines_path) as files,
-            tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None) as bar,
-        ):
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None))
             blocks = (block for path in inputs for block in read_blocks(path, bar.update))
-            merge_blocks(convert_all(blocks, rules, dedup, near_bands, report.workers), files, report, dedup, near_bands)
-            report.files_without_rows += [str(path) for path in inputs if str(path) not in files.sources]
-            refuse_empty_result(report, inputs)
-            files.finish()
+            bad_lines = stack.enter_context(atomic_write(bad_lines_path))
+            files = [
+                (stack.enter_context(output_file(path, *frame, report.outputs[str(path)])), report.outputs[str(path)])
+                for path, frame in zip(outputs, rules.frames)
+            ]
+            duplicates = DuplicateFilter(dedup, near_bands)
+            for block in convert_all(blocks, convert, report.workers):
+                merge_block(block, duplicates, files, bad_lines, report)
+            report.refuse_empty_result(inputs)
     except OSError as error:
         raise UserError(f"{error.filename or outputs[0]}: {error.strerror}; nothing was written") from error
     if report.bad_kinds:
         report.bad_lines_file = str(bad_lines_path)
     else:
-        bad_lines_path.unlink(missing_ok=True)  # of an earlier run, no longer true
-    report.outputs = {str(path): written for path, written in zip(outputs, files.written)}
+        bad_lines_path.unlink()
     report.seconds = time.perf_counter() - started
     return report
 
@@ -399,53 +319,23 @@ class LeaveAsItWas(Exception):
     """Ends atomic_write without a new file."""
 
 
-class OutputFiles(contextlib.ExitStack):
-    """The output files and the list of bad lines, all of which appear when the block ends without error, or none."""
-
-    def __init__(self, paths, frames, bad_lines_path):
-        super().__init__()
-        self.paths, self.frames, self.bad_lines_path = paths, frames, bad_lines_path
-        self.written = [{"rows": 0, "bytes": 0, "left_as_it_was": False} for _ in paths]
-        self.sources = set()
-        self.bad_lines = None
-
-    def __enter__(self):
-        super().__enter__()
-        self.handles = [self.enter_context(self.output(*pair)) for pair in zip(self.paths, self.written)]
-        for output, (header, _) in enumerate(self.frames):
-            self.write(output, header, 0)
-        return self
-
-    @contextlib.contextmanager
-    def output(self, path, written):
-        """atomic_write, but a file without rows replaces no earlier one."""
-        with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
-            yield handle
-            if not written["rows"] and path.exists():
-                written.update(bytes=0, left_as_it_was=True)
-                raise LeaveAsItWas
-
-    def finish(self):
-        for output, (_, footer) in enumerate(self.frames):
-            self.write(output, footer, 0)
-
-    def write(self, output, data, rows):
-        if rows and not self.written[output]["rows"]:
-            data = data[data.startswith(b",") :]  # no comma before the first item of a JSON list
-        self.handles[output].write(data)
-        self.written[output]["rows"] += rows
-        self.written[output]["bytes"] += len(data)
-
-    def write_bad_line(self, where, kind, text):
-        if self.bad_lines is None:
-            self.bad_lines = self.enter_context(atomic_write(self.bad_lines_path))
-        self.bad_lines.write(f"{where}: {kind}: {text}\n".encode())
+@contextlib.contextmanager
+def output_file(path, header, footer, written):
+    """atomic_write with a header and a footer, but a file without rows replaces no earlier one; completes `written`."""
+    with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
+        handle.write(header)
+        yield handle
+        written["left_as_it_was"] = not written["rows"] and path.exists()
+        if written["left_as_it_was"]:
+            raise LeaveAsItWas
+        handle.write(footer)
+        written["bytes"] = handle.tell()
 
 
-def convert_all(blocks, rules, dedup, near_bands, workers):
-    """Yield the Converted of every block, in order, from `workers` processes."""
+def convert_all(blocks, convert, workers):
+    """Yield convert(block) of every block, in order, from `workers` processes."""
     if workers == 1:
-        yield from (convert_block(block, rules, dedup, near_bands) for block in blocks)
+        yield from map(convert, blocks)
         return
     # spawn: a forked copy of a process with threads (NumPy's, the progress bar's) may hang.
     context = multiprocessing.get_context("spawn")
@@ -453,7 +343,8 @@ def convert_all(blocks, rules, dedup, near_bands, workers):
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for block in blocks:
-                waiting.append(submit(pool, block, rules, dedup, near_bands))
+                with children_without_interrupts():  # the pool starts its processes here
+                    waiting.append(pool.submit(convert, block))
                 if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest block
                     yield waiting.popleft().result()
             while waiting:
@@ -464,17 +355,17 @@ def convert_all(blocks, rules, dedup, near_bands, workers):
             pool.shutdown(cancel_futures=True)
 
 
-def submit(pool, block, *options):
-    """Have a worker convert `block`; what it can read from the file itself need not go through a pipe."""
-    if block.offset is None:
-        return pool.submit(convert_block, block, *options)
-    return pool.submit(read_and_convert, block._replace(data=b""), len(block.data), *options)
-
-
-def read_and_convert(block, size, *options):
-    with open(block.path, "rb", buffering=0) as handle:
-        handle.seek(block.offset)
-        return convert_block(block._replace(data=handle.read(size)), *options)
+@contextlib.contextmanager
+def children_without_interrupts():
+    """Processes started in this block inherit a blocked Ctrl-C: none dies noisily while it still imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker(parent):
@@ -482,37 +373,33 @@ def start_worker(parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
-        while os.getppid() == parent:
+        while os.getppid() == parent and psutil.pid_exists(parent):  # the second is for Windows
             time.sleep(0.5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def merge_blocks(converted, files, report, dedup, near_bands):
-    """Write the new documents of every block in order and add everything up in `report`."""
-    duplicates, peaks = DuplicateFilter(dedup, near_bands), {}
-    for block in converted:
-        report.rows_read += block.read
-        report.blank_lines += block.blank
-        report.input_bytes += block.input_bytes
-        report.dropped.update(block.dropped)
-        if block.read:
-            files.sources.add(block.path)
-        for line, kind, text in block.bad:
-            where = f"{block.path}:{line}"
-            report.bad_kinds.setdefault(kind, [0, where])[0] += 1
-            files.write_bad_line(where, kind, text)
-        kept = duplicates.keep(block, report.dropped)
-        report.documents_kept += int(kept.sum())
-        report.documents_split += int((kept & (block.rows > 1)).sum())
-        for output in range(len(files.paths)):
-            chosen = kept & (block.outputs == output)
-            if chosen.any():
-                files.write(output, select_payload(block, chosen), int(block.rows[chosen].sum()))
-        peaks[block.process[0]] = block.process[1]
-    peaks[os.getpid()] = peak_memory()
-    report.peak_memory_bytes = sum(peaks.values())
+def merge_block(block, duplicates, files, bad_lines, report):
+    """Write the new documents of a Converted block to `files` (handle, counts) and add everything up in `report`."""
+    report.rows += block.read
+    report.blank_lines += block.blank
+    report.bytes_read += block.input_bytes
+    report.dropped.update(block.dropped)
+    if block.read and block.path in report.files_without_rows:
+        report.files_without_rows.remove(block.path)
+    for where, kind, text in block.bad:
+        report.drop(kind, where)
+        bad_lines.write(f"{where}: {kind}: {text}\n".encode())
+    kept = duplicates.keep(block, report.dropped)
+    for number, (handle, written) in enumerate(files):
+        chosen = kept & (block.outputs == number)
+        if chosen.any():
+            data = select_payload(block, chosen)
+            handle.write(data if written["rows"] else data.removeprefix(b","))  # a JSON list begins without one
+            written["rows"] += int(chosen.sum())
+    for process, size in (block.memory, memory_now()):
+        report.memory[process] = max(size, report.memory.get(process, 0))
 
 
 def select_payload(block, chosen):
@@ -521,18 +408,3 @@ def select_payload(block, chosen):
         return block.payload
     starts = np.concatenate([[0], block.ends[:-1]])
     return b"".join([block.payload[start:end] for start, end in zip(starts[chosen], block.ends[chosen])])
-
-
-def refuse_empty_result(report, inputs):
-    if report.documents_kept:
-        return
-    if not report.rows_read:
-        names = f"{inputs[0]}: " + ("" if len(inputs) == 1 else f"and {len(inputs) - 1} more: ")
-        raise UserError(f"{names}empty, no rows to read")
-    bad = max(report.bad_kinds.items(), key=lambda item: item[1][0], default=("", [0, ""]))
-    rule, count = max(report.dropped.items(), key=lambda item: item[1], default=("", 0))
-    if bad[1][0] >= count:
-        reason = f"{bad[1][0]:,} bad lines: {bad[0]}, first at {bad[1][1]}"
-    else:
-        reason = f"{count:,} dropped by {rule}: {DROP_RULES[rule]}"
-    raise UserError(f"none of the {report.rows_read:,} rows read was kept, nothing written; mostly {reason}")

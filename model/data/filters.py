@@ -1,4 +1,4 @@
-"""One raw row in, one training row out: the schemas that corpora come in, the filters, splitting at sentence ends."""
+"""One raw row in, one training row out: the schemas that corpora come in, the filters."""
 
 import dataclasses
 from typing import NamedTuple
@@ -29,11 +29,6 @@ DROP_RULES = {
 
 # ---------------------------------------------------------------------------------------------------------- text
 
-SENTENCE_ENDS = "。！？…；!?;\n"
-CLAUSE_ENDS = "，、：, \t\u3000"
-TRAILING = frozenset("。！？…；!?;\n\r”’」』）》】〕\"')]")  # belongs to the sentence that it follows
-
-
 # In UTF-8 the lead bytes E4-E9 begin exactly the characters U+4000-U+9FFF, so bytes can be counted in place of characters.
 NOT_CHINESE = bytes(set(range(256)) - set(range(0xE4, 0xEA)))
 NOT_A_LETTER = bytes(byte for byte in range(0xC0) if not (byte < 128 and chr(byte).isalpha()))
@@ -46,40 +41,6 @@ def chinese_share(utf8):
     foreign; a text of nothing else has share 0.
     """
     return len(utf8.translate(None, NOT_CHINESE)) / max(len(utf8.translate(None, NOT_A_LETTER)), 1)
-
-
-def split_text(text, limit):
-    """Cut `text` into pieces of at most `limit` characters; joined they give `text` again, character by character.
-
-    Each cut is behind the last sentence end that fits (with the quotes and brackets that close it), else behind the last
-    comma or space, else at `limit`.
-    """
-    pieces, start = [], 0
-    while len(text) - start > limit:
-        stop = start + limit
-        cut = last_break(text, start, stop, SENTENCE_ENDS) or last_break(text, start, stop, CLAUSE_ENDS) or stop
-        pieces.append(text[start:cut])
-        start = cut
-    pieces.append(text[start:])
-    return pieces
-
-
-def last_break(text, start, stop, marks):
-    """Position behind the last of `marks` in text[start:stop] and what trails it; 0 when there is none."""
-    end = stop
-    for _ in range(3):  # a mark whose closing quote no longer fits is passed over for an earlier one
-        found = start - 1
-        for mark in marks:  # each one only behind the last found so far, which keeps the searches short
-            found = max(found, text.rfind(mark, found + 1, end))
-        if found < start:
-            return 0
-        cut = found + 1
-        while cut < stop and text[cut] in TRAILING:
-            cut += 1
-        if cut < stop or text[cut] not in TRAILING:
-            return cut
-        end = found
-    return stop
 
 
 # ------------------------------------------------------------------------------------------------- schemas of rows
@@ -253,10 +214,10 @@ def check_length(text, low, high=0):
 
 @dataclasses.dataclass(frozen=True)
 class PretrainRules:
-    """{"text"} -> column text. Documents over max_chars are split at sentence ends."""
+    """{"text"} -> column text. A document stays whole."""
 
     min_chars: int = 5
-    max_chars: int = 512
+    max_chars: int = 0
     min_chinese: float = 0.3
     frames = ((b"text\n", b""),)
 
@@ -264,12 +225,9 @@ class PretrainRules:
         if "text" not in record:
             raise BadRow('no "text" field')
         text = string(record["text"], "text")
-        check_length(text, self.min_chars)
-        pieces = split_text(text, self.max_chars) if 0 < self.max_chars < len(text) else [text]
-        if '"' in text:
-            pieces = [piece.replace('"', '""') for piece in pieces]
-        payload = ('"' + '"\n"'.join(pieces) + '"\n').encode()
-        return Row(0, payload, len(pieces), payload)
+        check_length(text, self.min_chars, self.max_chars)
+        payload = (csv_field(text) + "\n").encode()
+        return Row(0, payload, 1, payload)
 
 
 @dataclasses.dataclass(frozen=True)

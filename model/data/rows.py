@@ -5,16 +5,16 @@ import csv
 import json
 import re
 import sys
-from pathlib import Path
+
+import orjson
 
 from model.errors import UserError
-from model.files import COMPRESSED_SUFFIXES, open_binary
+from model.files import open_binary, uncompressed_suffix
 
 LONGEST_FIELD = 1 << 28  # characters; the csv module's default of 131,072 is shorter than many a document
 PLACES_KEPT = 10
 GIVE_UP_AFTER = 1000  # rows without a single good one: it is the wrong file, not a bad row
-LOOK_AHEAD_BYTES = 1 << 16
-ROWS_THAT_PROVE = 8  # as many rows, each ending in a carriage return: that is how lines end, not how values do
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CARRIAGE_RETURN_MARK = "\udc0d"  # a lone surrogate: no decoded text contains it
 UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -74,12 +74,67 @@ class RowReport:
         return report
 
 
+def parse_json(data):
+    """The value of JSON text or its UTF-8 bytes.
+
+    Raises ValueError with a short reason: not JSON, not UTF-8, or half a surrogate pair, which no encoding can hold.
+    """
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        pass  # of what it refuses, NaN and the like are written by Python's own json and many others: not an error
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("half a surrogate pair in the text") from None
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON") from None
+    return value
+
+
+def parse_object(data):
+    """The dict that a JSON text or its bytes hold; ValueError with a short reason when it is anything else."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def read_lines(path, report=None):
+    """Yield (number, bytes) of every line of a text file, the byte order mark removed; counts report.bytes_read."""
+    report = report or RowReport()
+    with open_binary(path) as handle:
+        for number, line in enumerate(handle, 1):
+            report.bytes_read += len(line)
+            yield number, line if number > 1 else line.removeprefix(BYTE_ORDER_MARK)
+
+
+def iter_json_lines(path, report=None):
+    """Yield (place, record, problem) for every line of a JSON Lines file that is not blank; counts report.bytes_read.
+
+    place: "file:line". record: the line's dict, or None, and then `problem` is the short reason (else None).
+    Raises UserError when there is no such file or it is damaged.
+    """
+    for number, line in read_lines(path, report):
+        if line.strip():
+            record, problem = None, None
+            try:
+                record = parse_object(line)
+            except ValueError as error:
+                problem = str(error)
+            yield f"{path}:{number}", record, problem
+
+
 def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     """Stream the rows of a .csv or .jsonl file as dicts {column: str}.
 
     columns: names every row must have; others are ignored. json_columns hold JSON (a text cell in .csv, any value in
     .jsonl; an empty cell is None) and come out parsed. alternative: a column that may stand in for all of `columns`
-    (in SFT: "conversations").
+    (in SFT: "conversations"). In .csv a row ends as the header line does, in "\n" or "\r\n"; any other carriage return
+    belongs to a value.
     Bad rows (not JSON, wrong number of fields, broken UTF-8, a value that isn't text) are
     counted in `report` with file:line (the physical line on which the row begins) and skipped; without a report a
     summary goes to stderr at the end. Raises UserError: no such file, empty file, unknown suffix, missing column
@@ -87,22 +142,19 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     """
     own_report = report is None
     report = RowReport() if own_report else report
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSED_SUFFIXES]
-    readers = {".csv": _csv_records, ".jsonl": _jsonl_records}
-    if not suffixes or suffixes[-1] not in readers:
+    reader = {".csv": _csv_records, ".jsonl": _jsonl_records}.get(uncompressed_suffix(path))
+    if not reader:
         raise UserError(f"{path}: expected a .csv or .jsonl file (also .gz, .xz, .zst)")
     kept = met = 0
-    with open_binary(path) as handle:
-        lines = _raw_lines(path, handle, report)
-        for place, record, problem in readers[suffixes[-1]](path, lines, columns, json_columns, alternative):
-            met, report.rows, report.place = met + 1, report.rows + 1, place
-            if problem is None:
-                kept += 1
-                yield record
-            else:
-                report.drop(problem, place)
-                if not kept and met == GIVE_UP_AFTER:
-                    break
+    for place, record, problem in reader(path, report, columns, json_columns, alternative):
+        met, report.rows, report.place = met + 1, report.rows + 1, place
+        if problem is None:
+            kept += 1
+            yield record
+        else:
+            report.drop(problem, place)
+            if not kept and met == GIVE_UP_AFTER:
+                break
     if not met:
         raise UserError(f"{path}: is empty, it has no rows")
     if not kept:
@@ -110,20 +162,8 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         raise UserError(
             f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}"
         )
-    if own_report and report.dropped:
+    if own_report and (report.dropped or report.notes):
         print("\n".join(report.summary()), file=sys.stderr)
-
-
-def _raw_lines(path, handle, report):
-    """Physical lines as bytes, counted in the report; damage to a compressed file becomes a UserError."""
-    try:
-        for line in handle:
-            report.bytes_read += len(line)
-            yield line
-    except Exception as error:  # zlib, lzma and zstandard have error classes of their own
-        if Path(path).suffix not in COMPRESSED_SUFFIXES:
-            raise
-        raise UserError(f"{path}: the compressed data is damaged or cut ({error}); fetch the file again") from None
 
 
 class _CsvLines:
@@ -131,104 +171,67 @@ class _CsvLines:
 
     A carriage return outside quotes ends a row for csv.reader, yet csv.writer (before Python 3.13) leaves it unquoted
     when its line end is "\\n"; bytes that aren't UTF-8 must spoil their own row only. Both travel as lone surrogates;
-    `marked` says so. Whether "\\r\\n" ends a line is asked of the header, then of the first rows, then of every row
-    with "\\r\\n" behind a closing quote: header and rows may come from different programs.
+    `marked` says so. `row` holds (number, line) of the current row, `again` those to be read once more.
     """
 
-    def __init__(self, raw_lines):
-        self.raw_lines = raw_lines
-        self.number, self.row, self.again, self.ahead = 0, [], collections.deque(), collections.deque()
-        self.marked = self.ends_with_crlf = False
+    def __init__(self, numbered_lines):
+        self.numbered_lines, self.line_end = numbered_lines, None
+        self.row, self.again, self.marked = [], collections.deque(), False
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        line = self.again.popleft() if self.again else self.decode(self.next_raw())
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self.row.append(line)
+        number, line = self.again.popleft() if self.again else self.decode(*next(self.numbered_lines))
+        self.row.append((number, line))
         return line
 
-    def next_raw(self):
-        return self.ahead.popleft() if self.ahead else next(self.raw_lines, b"")
-
-    def rows_end_with_crlf(self, header):
-        """Look ahead: does a row end in a closing quote and "\\r\\n", or do all of many rows end in "\\r\\n"?"""
-        size, quotes, ends = 0, header.count(b'"'), []
-        while size < LOOK_AHEAD_BYTES and (raw := next(self.raw_lines, b"")):
-            self.ahead.append(raw)
-            size += len(raw)
-            quotes += raw.count(b'"')
-            if quotes % 2 == 0:  # not within a value of several lines
-                ends.append(raw[-3:])
-        return b'"\r\n' in ends or len(ends) >= ROWS_THAT_PROVE and all(end.endswith(b"\r\n") for end in ends)
-
-    def decode(self, raw):
+    def decode(self, number, raw):
         try:
-            line = raw.decode("utf-8-sig" if self.number == 0 else "utf-8")
+            line = raw.decode("utf-8")
         except UnicodeDecodeError:
             line, self.marked = raw.decode("utf-8", "surrogateescape"), True
-        if self.number == 0:
-            self.ends_with_crlf = line.endswith("\r\n") or self.rows_end_with_crlf(raw)
-        if "\r" in line:
-            end = len(line) - 2 * (self.ends_with_crlf and line.endswith("\r\n"))
-            if "\r" in line[:end]:
-                line, self.marked = line[:end].replace("\r", CARRIAGE_RETURN_MARK) + line[end:], True
-        return line
-
-    def start_row(self):
-        """Forget the last row; returns the physical line number on which the next one begins."""
-        self.row.clear()
-        self.marked = bool(self.again) and self.marked
-        return self.number + 1
-
-    def end_with_crlf(self):
-        """Whether this row broke at "\\r\\n" behind a closing quote; it is then put back with that as its end."""
-        if not self.row or not self.row[-1].endswith(f'"{CARRIAGE_RETURN_MARK}\n'):
-            return False
-        self.ends_with_crlf = True
-        self.number -= len(self.row)
-        self.again.extendleft(reversed([*self.row[:-1], self.row[-1][:-2] + "\r\n"]))
-        return True
-
-    def read_again(self):
-        """Go back to the second line of this row: an unclosed quote must not swallow the rows behind it."""
-        self.again.extendleft(reversed(self.row[1:]))
-        self.number -= len(self.row) - 1
-        self.marked = True
+        if self.line_end is None:
+            self.line_end = "\r\n" if line.endswith("\r\n") else "\n"
+        text = line.removesuffix(self.line_end)
+        if "\r" in text:
+            line, self.marked = text.replace("\r", CARRIAGE_RETURN_MARK) + line[len(text) :], True
+        return number, line
 
 
-def _csv_rows(path, raw_lines):
+def _csv_rows(path, report):
     """Yield (place, list of fields, None) or (place, None, problem) for every row, the header included."""
     csv.field_size_limit(LONGEST_FIELD)
-    lines = _CsvLines(raw_lines)
+    lines = _CsvLines(read_lines(path, report))
     reader = csv.reader(lines, strict=True)
     while True:
-        place = f"{path}:{lines.start_row()}"
+        lines.row, lines.marked = [], bool(lines.again) and lines.marked
+        fields = problem = None
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            if lines.end_with_crlf():
-                continue
-            lines.read_again()
-            yield place, None, f"broken CSV: {error}"
-            continue
-        if not fields:
-            continue
-        if lines.marked:
+            problem = f"broken CSV: {error}"
+        place, end = f"{path}:{lines.row[0][0]}", lines.row[-1][1][-3:]
+        if problem:
+            if end == f'"{CARRIAGE_RETURN_MARK}\n':
+                problem = "the row ends in \\r\\n but the header line in \\n"
+            # Go on with the second line of this row: an unclosed quote must not swallow the rows behind it.
+            lines.again.extendleft(reversed(lines.row[1:]))
+            lines.marked = True
+        elif lines.marked:
             if any(map(UNDECODED_BYTE.search, fields)):
-                yield place, None, "not UTF-8"
-                continue
+                problem = "not UTF-8"
+            elif end.endswith(f"{CARRIAGE_RETURN_MARK}\n"):
+                report.note("rows end in \\r\\n but the header line in \\n: the last value keeps the \\r")
             fields = [field.replace(CARRIAGE_RETURN_MARK, "\r") for field in fields]
-        yield place, fields, None
+        if fields or problem:
+            yield place, fields, problem
 
 
-def _csv_records(path, raw_lines, columns, json_columns, alternative):
-    rows = _csv_rows(path, raw_lines)
+def _csv_records(path, report, columns, json_columns, alternative):
+    rows = _csv_rows(path, report)
     _, header, problem = next(rows, (None, [], None))
     if problem:
         raise UserError(f"{path}:1: the header cannot be read ({problem})")
@@ -249,32 +252,19 @@ def _csv_records(path, raw_lines, columns, json_columns, alternative):
                 record[column] = fields[position]
                 if is_json:
                     try:
-                        record[column] = _parse_json(fields[position]) if fields[position].strip() else None
+                        record[column] = parse_json(fields[position]) if fields[position].strip() else None
                     except ValueError as error:
                         problem = f"{column}: {error}"
         yield place, record, problem
 
 
-def _jsonl_records(path, raw_lines, columns, json_columns, alternative):
-    for number, raw in enumerate(raw_lines, 1):
-        if not raw.strip():
-            continue
-        record, problem = None, None
-        try:
-            row = _parse_json(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            problem = "not UTF-8"
-        except ValueError as error:
-            problem = str(error)
-        else:
-            record, problem = _select(row, columns, json_columns, alternative)
-        yield f"{path}:{number}", record, problem
+def _jsonl_records(path, report, columns, json_columns, alternative):
+    for place, row, problem in iter_json_lines(path, report):
+        yield place, *((None, problem) if problem else _select(row, columns, json_columns, alternative))
 
 
 def _select(row, columns, json_columns, alternative):
     """The wanted fields of a parsed line and None, or what was found instead and what is wrong with it."""
-    if not isinstance(row, dict):
-        return None, "not a JSON object"
     columns = (alternative,) if alternative in row else columns
     for column in columns:
         if column not in row:
@@ -282,17 +272,3 @@ def _select(row, columns, json_columns, alternative):
         if column not in json_columns and not isinstance(row[column], str):
             return None, f"{column} is not a string"
     return {column: row[column] for column in columns}, None
-
-
-def _parse_json(text):
-    """json.loads with short ValueErrors; half a surrogate pair is refused too, since no encoding can hold it."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair in the text") from None
-    return value

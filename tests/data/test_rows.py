@@ -2,16 +2,15 @@
 
 import csv
 import gzip
-import itertools
 import json
 import lzma
 
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.rows import RowReport, iter_records
+from model.data.rows import RowReport, iter_json_lines, iter_records
 from model.errors import UserError
 
 NASTY = [
@@ -91,29 +90,29 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "x\r\ny"}, {"q": "2", "a": "z"}]
 
 
-@pytest.mark.parametrize("value", ["z", '"z"'])
-@pytest.mark.parametrize("before", [0, 30, 20_000])
-def test_rows_may_end_otherwise_than_the_header(tmp_path, value, before):
-    """A header of one program over rows of another, or files joined: quoted rows are kept, no line end is left in values."""
-    path, number = tmp_path / "a.csv", itertools.count()
-    lines = ["q,a\n", *(f'{next(number)},"x"\n' for _ in range(before)), *(f"{next(number)},{value}\r\n" for _ in range(20))]
-    lines.append(f'{next(number)},"x\r\n\ry"\r\n')
-    path.write_bytes("".join(lines).encode())
-    records, report = read(path, ("q", "a"))
-    assert [int(record["q"]) for record in records] == list(range(before + 21)) and not report.dropped
-    assert records[-1]["a"] == "x\r\n\ry"
-    if before < 20_000 or value != "z":  # beyond what is looked ahead nothing tells a line end from a value's
-        assert {record["a"] for record in records[:-1]} <= {"x", "z"}
-
-
-def test_unquoted_rows_only_may_end_otherwise_than_the_header(tmp_path):
+def test_rows_end_as_the_header_does(tmp_path):
+    """Rows of a Windows program under a header that ends in a line feed: bad where quoted, else kept and spoken of."""
     path = tmp_path / "a.csv"
-    path.write_bytes(b"q,a\n" + b"1,z\r\n" * 8)
-    assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "z"}] * 8
+    path.write_bytes(b'q,a\n1,x\n2,"x"\r\n3,z\r\n"4","z\r"\n5,"two\r\nlines"\n')
+    records, report = read(path, ("q", "a"))
+    assert records == [
+        {"q": "1", "a": "x"}, {"q": "3", "a": "z\r"}, {"q": "4", "a": "z\r"}, {"q": "5", "a": "two\r\nlines"}
+    ]  # fmt: skip
+    assert report.places == {"the row ends in \\r\\n but the header line in \\n": [f"{path}:3"]}
+    assert list(report.notes.values()) == [1] and "keeps the \\r: 1" in report.summary()[-1]
+    path.write_bytes(b'q,a\r\n1,x\n2,"x"\r\n')
+    assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "x"}, {"q": "2", "a": "x"}]
+
+
+def test_a_whole_file_with_other_line_ends_than_its_header_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\n" + b'"x"\r\n' * 1500)
+    with pytest.raises(UserError, match=r"header line in \\n"):
+        read(path, ("text",))
 
 
 @pytest.mark.parametrize(
-    "suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstandard.compress)]
+    "suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd.compress)]
 )
 def test_compressed(tmp_path, suffix, compress):
     path = tmp_path / f"a.jsonl{suffix}"
@@ -151,6 +150,14 @@ def test_bad_csv_rows_are_counted_where_they_begin(tmp_path):
     assert f"{path}:11" in "\n".join(report.summary())
 
 
+def test_rows_behind_an_unclosed_quote_are_read_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'q,a\n1,"never closed\n2,a\rb\n3,c\n\xff,d\n4,e\rf\n')
+    records, report = read(path, ("q", "a"))
+    assert [(record["q"], record["a"]) for record in records] == [("2", "a\rb"), ("3", "c"), ("4", "e\rf")]
+    assert report.places["not UTF-8"] == [f"{path}:5"]
+
+
 def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [
@@ -176,6 +183,17 @@ def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
         "no field 'text'": [8],
         "half a surrogate pair in the text": [10],
     }
+
+
+def test_json_lines_with_their_places_and_problems(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"q": [NaN, 123456789012345678901234567890]}\n \n[1]\n{"q"\n{"a": "\xff"}\n{"a": "\\ud83d"}')
+    (first, record, problem), *others = iter_json_lines(path)
+    assert (first, problem) == (f"{path}:1", None) and record["q"][0] != record["q"][0]
+    assert [(place.rsplit(":", 1)[1], record, problem) for place, record, problem in others] == [
+        ("3", None, "not a JSON object"), ("4", None, "not JSON"), ("5", None, "not UTF-8"),
+        ("6", None, "half a surrogate pair in the text"),
+    ]  # fmt: skip
 
 
 def test_json_columns_and_alternative(tmp_path):
