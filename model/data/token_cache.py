@@ -2,36 +2,52 @@
 
 A cache is a folder named <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file. The fingerprint
 covers the bytes of the data file, the tokenizer and the format, so a cache is either right or not found. The folder
-gets its name only when complete.
+gets its name only when complete. hashes.json beside it remembers the hash of each data file, so that an unchanged one
+is not read again.
 """
 
 import collections
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from model.data.conversations import BadRow, fit_turns, training_conversation
 from model.data.rows import RowReport, iter_records
 from model.errors import FULL_DISK, UserError
-from model.files import sync_directory
-from model.tokenizer import ROLES, encode_texts, render_conversation, tokenizer_hash
+from model.files import atomic_write, sync_directory
+from model.tokenizer import (
+    ROLES,
+    encode_texts,
+    encode_turns,
+    join_turns,
+    render_conversation,
+    tokenizer_hash,
+    turn_overheads,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASHED_PIECE = 1 << 26  # bytes
 FINGERPRINT_DIGITS = 20
 BLOCK_CHARACTERS = 1 << 20  # enough texts for every core, yet their encodings stay far below 1 GB
-SYSTEM, USER, ASSISTANT = range(len(ROLES))
+PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several cores,
+LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
+COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
+LEFTOVER_SECONDS = 24 * 3600
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -47,109 +63,95 @@ class PretrainEncoding:
         self.format = [self.start, self.end]
 
     def items(self, path, report):
-        """Yield (characters, text) of each row worth encoding."""
+        """Yield (characters, (piece, whether a document begins with it, whether one ends))."""
         for record in iter_records(path, ("text",), report):
-            if record["text"]:
-                yield len(record["text"]), record["text"]
-            else:
+            text, start = record["text"], 0
+            if not text:
                 report.drop("empty text", report.place)
+            while start < len(text):
+                stop = _piece_end(text, start)
+                yield stop - start, (text[start:stop], start == 0, stop == len(text))
+                start = stop
 
-    def encode(self, texts, dtype):
-        """Arrays of a block of texts; those named *_ends count from the start of the block."""
+    def encode(self, pieces, dtype):
+        """(arrays of a block of pieces, rows left out, rows changed); *_ends count from the start of the block."""
+        texts, begins, ends = zip(*pieces)
         ids = encode_texts(self.tokenizer, texts)
-        ends = np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)) + 2)
-        pieces = itertools.chain.from_iterable(([self.start], piece, [self.end]) for piece in ids)
-        tokens = np.fromiter(itertools.chain.from_iterable(pieces), dtype, ends[-1])
-        return {"tokens": tokens, "document_ends": ends}
+        sizes = np.fromiter(map(len, ids), np.int64, len(ids)) + begins + ends
+        parts = itertools.chain.from_iterable(
+            ([self.start] * begin, piece, [self.end] * end) for begin, piece, end in zip(begins, ids, ends)
+        )
+        tokens = np.fromiter(itertools.chain.from_iterable(parts), dtype, sizes.sum())
+        return {"tokens": tokens, "document_ends": np.cumsum(sizes)[np.array(ends)]}, {}, {}
+
+
+def _piece_end(text, start):
+    """Where the piece of a document ends that begins at `start`: behind a newline. Newlines are tokens of their own, so
+    the pieces' ids are those of the whole, unless LONGEST_PIECE characters have none."""
+    if len(text) - start <= PIECE_CHARACTERS:
+        return len(text)
+    soon, limit = start + PIECE_CHARACTERS, min(start + LONGEST_PIECE, len(text))
+    return text.rfind("\n", start, soon) + 1 or text.find("\n", soon, limit) + 1 or limit
 
 
 class SFTEncoding:
-    """Conversations -> tokens as render_conversation gives, turn_ends (in tokens), turn_roles, row_ends (in turns).
+    """Conversations, as far as they fit into max_seq_len, -> tokens and mask as join_turns gives, row_lengths, row_ends.
 
-    Kept by turns, each header, content, </s>, tail, so that one cache serves every --max_seq_len and --last_turn_only.
+    A row of which nothing fits has length 0: the split into training and validation counts it.
     """
 
     kind = "sft"
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.headers, self.tails = [], []
-        for role in ROLES:
-            ids, _ = render_conversation(tokenizer, [{"role": role, "content": ""}])
-            stop = len(ids) - ids[::-1].index(tokenizer.eos_token_id) - 1
-            self.headers.append(ids[:stop])
-            self.tails.append(ids[stop:])
-        self.format = [self.headers, self.tails]
+    def __init__(self, tokenizer, max_seq_len):
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.overhead = turn_overheads(tokenizer)
+        turns = [render_conversation(tokenizer, [{"role": role, "content": ""}]) for role in ROLES]
+        self.format = [turns, max_seq_len]
 
     def items(self, path, report):
-        """Yield (characters, [(role number, content), ...]) of each row worth encoding."""
+        """Yield (characters, messages) of each row worth encoding."""
         records = iter_records(path, ("history", "q", "a"), report, ("history", "conversations"), "conversations")
         for record in records:
             try:
-                turns = _turns(record)
-            except ValueError as error:
+                messages = training_conversation(record)
+            except BadRow as error:
                 report.drop(str(error), report.place)
             else:
-                yield sum(len(content) for _, content in turns), turns
+                yield sum(len(message["content"]) for message in messages), messages
 
     def encode(self, conversations, dtype):
-        """Arrays of a block of conversations; those named *_ends count from the start of the block."""
-        turns = list(itertools.chain.from_iterable(conversations))
-        ids = encode_texts(self.tokenizer, [content for _, content in turns])
-        roles = np.fromiter((role for role, _ in turns), np.uint8, len(turns))
-        around = np.array([len(header) + len(tail) for header, tail in zip(self.headers, self.tails)])
-        ends = np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)) + around[roles])
-        pieces = itertools.chain.from_iterable(
-            (self.headers[role], piece, self.tails[role]) for (role, _), piece in zip(turns, ids)
-        )
-        return {
-            "tokens": np.fromiter(itertools.chain.from_iterable(pieces), dtype, ends[-1]),
-            "turn_ends": ends,
-            "turn_roles": roles,
-            "row_ends": np.cumsum(np.fromiter(map(len, conversations), np.int64, len(conversations))),
+        """(arrays of a block of conversations, rows left out, rows changed); *_ends count from the block's start."""
+        ids, masks, changed = [], [], collections.Counter()
+        for turns in encode_turns(self.tokenizer, conversations):
+            fitting, changes = fit_turns(turns, self.overhead, self.max_seq_len)
+            row, mask = join_turns(self.tokenizer, fitting)
+            ids.append(row)
+            masks.append(mask)
+            changed.update(changes)
+        lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+        ends = np.cumsum(lengths, dtype=np.int64)
+        arrays = {
+            "tokens": np.fromiter(itertools.chain.from_iterable(ids), dtype, ends[-1]),
+            "mask": np.frombuffer(b"".join(masks), np.uint8),
+            "row_lengths": lengths,
+            "row_ends": ends,
         }
-
-
-def _turns(record):
-    """[(role number, content), ...] of a row up to its last answer; ValueError when there is nothing to learn."""
-    if "conversations" in record:
-        messages = record["conversations"]
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError("conversations is not a list of {role, content}")
-        turns = [(message.get("role"), message.get("content")) for message in messages]
-        if not all(role in ROLES and isinstance(content, str) for role, content in turns):
-            raise ValueError(f"conversations: every turn needs a role ({', '.join(ROLES)}) and a content that is text")
-        turns = [(ROLES.index(role), content) for role, content in turns]
-    else:
-        pairs = [] if record["history"] is None else record["history"]
-        if not isinstance(pairs, list) or not all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
-        ):
-            raise ValueError("history is not a list of [question, answer]")
-        pairs = [*pairs, (record["q"], record["a"])]
-        turns = [turn for question, answer in pairs for turn in ((USER, question), (ASSISTANT, answer))]
-    while turns and turns[-1][0] != ASSISTANT:
-        turns.pop()
-    if not turns:
-        raise ValueError("no answer to learn from")
-    if not turns[-1][1].strip():
-        raise ValueError("empty answer")
-    return turns
+        reason = f"the answer leaves no room for the question within --max_seq_len {self.max_seq_len}"
+        left_out = int((lengths == 0).sum())
+        return arrays, {reason: left_out} if left_out else {}, changed
 
 
 class TokenCache:
-    """One cache folder, its arrays (tokens, document_ends or turn_ends, turn_roles, row_ends) mapped on first use.
+    """One cache folder, its arrays (those that the encoding names) mapped on first use.
 
-    Also: report (RowReport of the tokenising), header_lengths ([roles] tokens before a turn's content), tail_length
-    (tokens behind </s>).
+    Also: report (RowReport of the tokenising), fingerprint (hex; the same for the same data, tokenizer and format).
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
+        self.fingerprint = self.folder.name.rpartition("-")[2]
         self.description = json.loads((self.folder / "cache.json").read_text())
         self.report = RowReport.from_dict(self.description["report"])
-        self.header_lengths = np.array(self.description.get("header_lengths", []), dtype=np.int64)
-        self.tail_length = self.description.get("tail_length", 0)
 
     def __getattr__(self, name):
         arrays = self.__dict__.get("description", {}).get("arrays", {})
@@ -163,29 +165,31 @@ class TokenCache:
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a spawned worker maps the files itself instead of receiving them
 
-    def turn_start(self, turn):
-        """Position in tokens at which a turn begins."""
-        return int(self.turn_ends[turn - 1]) if turn else 0
-
 
 def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     """The TokenCache of a data file, tokenised now if it is not there yet.
 
-    Any number of processes may call it at once: one works, the others wait for its lock, which the system frees when
-    its holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
+    Any number of processes may call it at once: one reads the file, the others wait for its lock, which the system
+    frees when its holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
     path = Path(path)
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
-    folder = cache_dir / f"{path.name.split('.')[0]}-{encoding.kind}-{fingerprint(path, tokenizer, encoding)}"
-    if _complete(folder):
-        return TokenCache(folder)
+
+    def folder_for(digest):
+        return cache_dir / f"{path.name.split('.')[0]}-{encoding.kind}-{fingerprint(digest, path, tokenizer, encoding)}"
+
+    digest = _remembered_hash(path, _stamp(path), cache_dir)
+    if digest and _complete(folder_for(digest)):
+        return TokenCache(folder_for(digest))
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir) as alone:
+        with _lock(cache_dir):
+            stamp = _stamp(path)
+            digest = _remembered_hash(path, stamp, cache_dir) or _hash_and_remember(path, stamp, cache_dir)
+            folder = folder_for(digest)
             if not _complete(folder):
-                if alone:
-                    _remove_leftovers(folder)
-                _build(path, tokenizer, encoding, folder)
+                _remove_leftovers(cache_dir)
+                _build(path, stamp, tokenizer, encoding, folder)
     except OSError as error:
         if error.errno not in FULL_DISK + NOT_WRITABLE:
             raise
@@ -196,17 +200,17 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     return TokenCache(folder)
 
 
-def fingerprint(path, tokenizer, encoding):
+def fingerprint(digest, path, tokenizer, encoding):
     """Hex name of all that decides what a cache holds: the file's bytes and suffixes, the tokenizer, the format."""
-    data = [path.suffixes, content_hash(path)]
-    deciding = [FORMAT_VERSION, encoding.kind, encoding.format, data, tokenizer_hash(tokenizer)]
+    deciding = [FORMAT_VERSION, encoding.kind, encoding.format, [path.suffixes, digest], tokenizer_hash(tokenizer)]
     return hashlib.blake2b(json.dumps(deciding).encode(), digest_size=FINGERPRINT_DIGITS // 2).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- the data file's content
 
 
 def content_hash(path):
     """BLAKE2b over the BLAKE2b of each 64 MB piece of a file; hashing releases the GIL, so all cores take part."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the training rows with --data_path")
 
     def piece(offset):
         digest, end = hashlib.blake2b(), offset + HASHED_PIECE
@@ -221,6 +225,43 @@ def content_hash(path):
         return hashlib.blake2b(b"".join(digests)).hexdigest()
 
 
+def _stamp(path):
+    """What differs when a file was written to: size, mtime, inode, and ctime, which no program can set back."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the training rows with --data_path")
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
+
+
+def _hashes(cache_dir):
+    """hashes.json, {path: [stamp, content hash]}; {} when it is missing or damaged."""
+    try:
+        hashes = json.loads((cache_dir / "hashes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
+
+
+def _remembered_hash(path, stamp, cache_dir):
+    match _hashes(cache_dir).get(str(path.resolve())):
+        case [known, str(digest)] if known == stamp:
+            return digest
+
+
+def _hash_and_remember(path, stamp, cache_dir):
+    """content_hash, remembered unless a second change at the same time of the clock could go unnoticed."""
+    settled = abs(time.time_ns() - stamp[1]) > COARSEST_CLOCK
+    digest = content_hash(path)
+    if settled:
+        hashes = json.dumps({**_hashes(cache_dir), str(path.resolve()): [stamp, digest]}, ensure_ascii=False, indent=1)
+        with contextlib.suppress(OSError), atomic_write(cache_dir / "hashes.json") as handle:
+            handle.write(hashes.encode())
+    return digest
+
+
+# ------------------------------------------------------------------------------------------------ one process builds
+
+
 def _complete(folder):
     """Whether a cache folder is there with every array at its full length (a hand-made copy may have been cut)."""
     try:
@@ -233,52 +274,63 @@ def _complete(folder):
 
 @contextlib.contextmanager
 def _lock(directory):
-    """Let one process at a time work in `directory`; gives whether that is certain.
-
-    The system frees the lock when its holder dies, so the file may stay. (NFS cannot lock the directory itself.)"""
-    with open(directory / ".lock", "a") as handle:
+    """Let one process at a time work in `directory`, as far as it can be locked: network file systems may have no
+    locks (at worst two processes do the same work), and a folder of others may hold what is needed already."""
+    lock = FileLock(directory / ".lock")
+    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             if os.environ.get("RANK", "0") == "0":
                 print(f"waiting for another process that is tokenising into {directory}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:  # some network file systems: at worst two processes do the same work
-                raise
-            yield False
-            return
-        yield True
-
-
-def _remove_leftovers(folder):
-    """Delete what killed processes left in the cache folder, and a cut copy of the cache to be built."""
-    for leftover in [folder, *folder.parent.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _build(path, tokenizer, encoding, folder):
-    """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
-    before = os.stat(path)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS + NOT_WRITABLE:
+            raise
     try:
-        report, lengths = _write_arrays(path, encoding, dtype, temporary)
-        description = {"arrays": lengths, "report": report.to_dict()}
-        if encoding.kind == "sft":
-            description |= {
-                "header_lengths": [len(header) for header in encoding.headers],
-                "tail_length": len(encoding.tails[0]) - 1,
-            }
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(cache_dir):
+    """Delete the unfinished folders that nobody works on any more."""
+    for leftover in cache_dir.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*"):
+        if _abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _abandoned(folder):
+    """Whether the process of this host that its name tells is dead, or nothing was written to it for a day."""
+    owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-", folder.name)
+    try:
+        if owner and os.name != "nt":  # where os.kill would end the process
+            os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives and is somebody else's
+        pass
+    newest = max((file.stat().st_mtime for file in [folder, *folder.iterdir()]), default=0)
+    return time.time() - newest > LEFTOVER_SECONDS
+
+
+def _build(path, stamp, tokenizer, encoding, folder):
+    """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-{owner}-", dir=folder.parent))
+    try:
+        report, arrays = _write_arrays(path, encoding, dtype, temporary)
+        description = {"arrays": arrays, "report": report.to_dict()}
         (temporary / "cache.json").write_text(json.dumps(description, ensure_ascii=False, indent=1))
-        after = os.stat(path)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        if _stamp(path) != stamp:
             raise UserError(f"{path}: changed while it was being tokenised; start again when it is complete")
         temporary.chmod(0o755)  # mkdtemp makes it private, yet caches are shared
         sync_directory(temporary)
         if _complete(folder):  # by another process, where locks don't work
             shutil.rmtree(temporary)
         else:
+            shutil.rmtree(folder, ignore_errors=True)  # a cut copy
             os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -288,27 +340,29 @@ def _build(path, tokenizer, encoding, folder):
 
 def _write_arrays(path, encoding, dtype, folder):
     """Append the arrays of every block to <name>.bin; returns the RowReport and {name: {dtype, length}}."""
-    report, arrays, totals, files = RowReport(), {}, collections.Counter(), {}
+    report, arrays, files, num_tokens = RowReport(), {}, {}, 0
     total = os.path.getsize(path) if path.suffix in (".csv", ".jsonl") else None
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenising {path.name}", disable=None)
         )
-        for block in _encoded_blocks(encoding, encoding.items(path, report), dtype):
+        for block, left_out, changed in _encoded_blocks(encoding, encoding.items(path, report), dtype):
             for name, array in block.items():
                 if name not in files:
                     files[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
                     arrays[name] = {"dtype": array.dtype.str, "length": 0}
-                if name.endswith("_ends"):
-                    array = array + totals[name]
-                    totals[name] = array[-1]
-                array.tofile(files[name])
+                (array + num_tokens if name.endswith("_ends") else array).tofile(files[name])
                 arrays[name]["length"] += len(array)
+            num_tokens += len(block["tokens"])
+            for reason, count in left_out.items():
+                report.drop(reason, count=count)
+            for what, count in changed.items():
+                report.note(what, count)
             bar.update(report.bytes_read - bar.n)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    if not arrays:
+    if not num_tokens:
         raise UserError(f"{path}: no row left to learn from; " + "; ".join(line.strip() for line in report.summary()))
     return report, arrays
 

@@ -29,7 +29,7 @@ TOKENIZER = load_tokenizer()
 class Documents:
     """A token cache in memory: document d consists of the numbers d * 100, d * 100 + 1, ..."""
 
-    report = None
+    report = fingerprint = None
 
     def __init__(self, lengths):
         self.tokens = np.concatenate([100 * document + np.arange(length) for document, length in enumerate(lengths)])

@@ -28,7 +28,13 @@ def open_pretrain(path, cache_dir=None):
 
 
 def entries(cache_dir):
-    return [entry for entry in cache_dir.iterdir() if entry.name != ".lock"]
+    return [entry for entry in cache_dir.iterdir() if entry.name not in (".lock", "hashes.json")]
+
+
+def settled(path):
+    """The file as if written an hour ago: only then is its hash remembered."""
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    return path
 
 
 def documents(cache):
@@ -97,9 +103,10 @@ def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
 
 
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
-    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]])
+    path = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]]))
     first = open_pretrain(path)
     monkeypatch.setattr("model.data.token_cache._build", lambda *arguments: pytest.fail("built twice"))
+    monkeypatch.setattr("model.data.token_cache.content_hash", lambda *arguments: pytest.fail("hashed twice"))
     monkeypatch.setattr(
         "model.data.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
     )
@@ -131,7 +138,7 @@ def test_nothing_usable_and_nothing_left_behind(tmp_path):
         tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]]
     )
     with pytest.raises(UserError, match="no row left to learn from"):
-        open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
+        open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER, 64))
     assert entries(tmp_path / ".cache") == []
 
 
@@ -242,12 +249,12 @@ def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
         other.append(open_pretrain(path).folder)
         return write(*arguments)
 
-    monkeypatch.setattr("model.data.token_cache.fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr("model.data.token_cache._write_arrays", write_after_another)
     assert [open_pretrain(path).folder] == other == entries(tmp_path / ".cache")
 
 
-def test_sft_cache_by_turns(tmp_path):
+def test_sft_cache_by_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [
         {"history": [["问", "答"]], "q": "q", "a": "a"},
@@ -266,11 +273,14 @@ def test_sft_cache_by_turns(tmp_path):
         {"history": [["a", "b", "c"]], "q": "q", "a": "a"},
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
-    assert cache.row_ends.tolist() == [4, 6] and cache.turn_roles.tolist() == [1, 2, 1, 2, 1, 2]
+    cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER, 64))
     turns = ["user\n问", "assistant\n答", "user\nq", "assistant\na", "user\nhi", "assistant\n</s>"]
     text = "".join(f"<s>{turn}</s>\n" for turn in turns)
     assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 6
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 1]) == "答</s>"
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 2]) == "a</s></s></s>"
+    assert np.cumsum(cache.row_lengths).tolist() == cache.row_ends.tolist()
+    assert TOKENIZER.decode(cache.tokens[cache.row_ends[0] :]) == "<s>user\nhi</s>\n<s>assistant\n</s></s>\n"
     assert cache.report.dropped.total() == 6 and cache.report.kept == 2
     lines = {place.rsplit(":", 1)[1] for places in cache.report.places.values() for place in places}
     assert lines == {"2", "4", "5", "6", "7", "8"}
