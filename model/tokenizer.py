@@ -126,22 +126,16 @@ def render_conversation(tokenizer, messages, add_generation_prompt=False, last_t
     `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
     without a known role or without text.
     """
-    (turns,) = encode_turns(tokenizer, [messages])
-    ids, mask = join_turns(tokenizer, turns)
+    contents = encode_texts(tokenizer, [_checked_content(message) for message in messages])
+    ids, mask = join_turns(tokenizer, [(message["role"], content) for message, content in zip(messages, contents)])
     if add_generation_prompt:
         ids += _derived(tokenizer).headers["assistant"]
-        mask += bytes(len(_derived(tokenizer).headers["assistant"]))
-    return ids, [int(value > last_turn_only) for value in mask]
-
-
-def encode_turns(tokenizer, conversations):
-    """Each conversation's turns, [(role, ids of the content), ...]; the contents of all are encoded at once."""
-    contents = iter(encode_texts(tokenizer, [_checked_content(turn) for messages in conversations for turn in messages]))
-    return [[(turn["role"], next(contents)) for turn in messages] for messages in conversations]
+    supervised = [int(value > last_turn_only) for value in mask]
+    return ids, supervised + [0] * (len(ids) - len(mask))
 
 
 def join_turns(tokenizer, turns):
-    """(ids, mask) of the turns of one conversation as encode_turns gives them.
+    """(ids, mask) of a conversation [(role, ids of the content), ...].
 
     mask: bytearray, 1 on the content and the `</s>` of every assistant turn but the last, 2 there on the last, else 0.
     """
@@ -155,12 +149,6 @@ def join_turns(tokenizer, turns):
         supervised = (role == "assistant") + (index == last)
         mask += bytes(len(headers[role])) + bytes([supervised]) * (len(content) + 1) + bytes(len(tail) - 1)
     return ids, mask
-
-
-def turn_overheads(tokenizer):
-    """{role: tokens that a turn has beyond those of its content}."""
-    derived = _derived(tokenizer)
-    return {role: len(header) + len(derived.tail) for role, header in derived.headers.items()}
 
 
 def _checked_content(message):

@@ -11,14 +11,15 @@ import orjson
 
 PAIR_FIELDS = (("q", "a"), ("instruction", "output"), ("question", "answer"), ("prompt", "response"))
 PROMPT_FIELDS = ("prompt", "question", "conversations", "messages", "instruction")
-CHOSEN_FIELDS = ("chosen", "response_chosen", "chosen_response")
-REJECTED_FIELDS = ("rejected", "reject", "response_rejected", "rejected_response")
+REPLY_FIELDS = (
+    ("chosen", "response_chosen", "chosen_response"),
+    ("rejected", "reject", "response_rejected", "rejected_response"),
+)
 ROLE_OF = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
     "system": "system",
 }
-NO_HISTORY = '"history" is not a list of [question, answer]'
 
 
 class BadRow(Exception):
@@ -27,73 +28,59 @@ class BadRow(Exception):
 
 def string(value, field):
     """`value` as text, "" for null; BadRow when it is anything else."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    raise BadRow(f'"{field}" is not a text')
+    if not isinstance(value, str | None):
+        raise BadRow(f'"{field}" is not a text')
+    return value or ""
 
 
 def message(role, content):
     return {"role": role, "content": content}
 
 
-# ---------------------------------------------------------------------------------- the project's own training rows
+# ------------------------------------------------------------------------------- rows of files, as they stand there
 
 
-def training_conversation(record):
-    """Messages of a row {history, q, a} or {conversations} up to its last answer; BadRow: nothing to learn."""
-    if "conversations" in record:
-        messages = parse_messages(record["conversations"])
-    else:
-        messages = from_columns(record["history"], record["q"], record["a"])
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise BadRow("no answer to learn from")
-    if not messages[-1]["content"].strip():
-        raise BadRow("empty answer")
-    return messages
+def parse_row(record):
+    """Messages of a row with a question and an answer (and a history), or with a list of turns."""
+    turns = record.get("conversations", record.get("messages"))
+    if turns is not None:
+        return parse_messages(turns)
+    for question, answer in PAIR_FIELDS:
+        if question in record and answer in record:
+            reply = message("assistant", string(record[answer], answer))
+            return [*parse_history(record.get("history")), *parse_prompt(record, question), reply]
+    raise BadRow('no question and answer fields ("q"/"a", "instruction"/"output" or "conversations")')
 
 
-def from_columns(history, question, answer):
-    """Messages of the columns history, q, a."""
-    return [*parse_history(history), message("user", question), message("assistant", answer)]
-
-
-def to_columns(messages):
-    """(history, q, a) of messages as raw_conversation gives them."""
-    *earlier, question, answer = messages
-    history = []
-    for turn in earlier:
-        if turn["role"] == "system":
-            history.append(turn)
-        elif turn["role"] == "user":
-            history.append([turn["content"]])
-        else:
-            history[-1].append(turn["content"])
-    return history, question["content"], answer["content"]
+def parse_prompt(record, field):
+    """Messages of a field that holds a question or a list of turns."""
+    if isinstance(record[field], list):
+        return parse_messages(record[field])
+    question = string(record[field], field)
+    return [
+        message("user", join(question, string(record.get("input"), "input")) if field == "instruction" else question)
+    ]
 
 
 def parse_history(history):
     """Messages of a history: a list of [question, answer] and system messages, the JSON text of one, empty or null."""
+    fault = BadRow('"history" is not a list of [question, answer]')
     if isinstance(history, str):
         try:
-            history = orjson.loads(history) if history.strip() else None
+            history = orjson.loads(history.strip() or "null")
         except ValueError:
-            raise BadRow(NO_HISTORY) from None
-    if history is None:
-        return []
-    if not isinstance(history, list):
-        raise BadRow(NO_HISTORY)
+            raise fault from None
+    if not isinstance(history, list | None):
+        raise fault
     messages = []
-    for item in history:
-        if isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], str):
-            messages += [message("user", item[0]), message("assistant", item[1])]
-        elif isinstance(item, dict) and item.get("role") == "system":
-            messages.append(parse_message(item))
-        else:
-            raise BadRow(NO_HISTORY)
+    for item in history or []:
+        match item:
+            case [str(question), str(answer)]:
+                messages += [message("user", question), message("assistant", answer)]
+            case {"role": "system", "content": str(content)}:
+                messages.append(message("system", content))
+            case _:
+                raise fault
     return messages
 
 
@@ -116,17 +103,36 @@ def parse_message(item):
     return message(ROLE_OF[role], content)
 
 
-# -------------------------------------------------------------------------------------------------------- raw rows
+# ----------------------------------------------------------------------------------------- training rows, raw rows
+
+
+def training_conversation(record):
+    """Messages of a training row up to its last answer; BadRow when there is nothing to learn."""
+    messages = parse_row(record)
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise BadRow("no answer to learn from")
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty answer")
+    return messages
+
+
+def to_columns(messages):
+    """(history, q, a) of messages as raw_conversation gives them; a training row of these is read as the same again."""
+    *earlier, question, answer = messages
+    history = []
+    for turn in earlier:
+        if turn["role"] == "assistant":
+            history[-1].append(turn["content"])
+        else:
+            history.append(turn if turn["role"] == "system" else [turn["content"]])
+    return history, question["content"], answer["content"]
 
 
 def raw_conversation(record):
     """Messages of one raw instruction or conversation row; they alternate and end with an answer."""
-    turns = record.get("conversations", record.get("messages"))
-    if turns is None:
-        turns = [*parse_history(record.get("history")), *_exchange(record)]
-    else:
-        turns = parse_messages(turns)
-    messages = alternate([*_system(record), *turns])
+    messages = alternate([message("system", string(record.get("system"), "system")), *parse_row(record)])
     if messages[-1]["role"] != "assistant":
         raise BadRow("the conversation does not end with an answer")
     return messages
@@ -136,21 +142,37 @@ def raw_preference(record):
     """(messages up to the question, chosen answer, rejected answer) of one raw preference row."""
     pair = record.get("output")
     if not (isinstance(pair, list) and len(pair) == 2):
-        names = [next((name for name in fields if name in record), None) for fields in (CHOSEN_FIELDS, REJECTED_FIELDS)]
-        if None in names:
+        pair = [next((record[name] for name in names if name in record), None) for names in REPLY_FIELDS]
+        if None in pair:
             raise BadRow('no "chosen" and "rejected" fields')
-        pair = [record[name] for name in names]
-    before_chosen, chosen = _reply(pair[0], "chosen")
-    before_rejected, rejected = _reply(pair[1], "rejected")
+    before_chosen, chosen = split_reply(pair[0], "chosen")
+    before_rejected, rejected = split_reply(pair[1], "rejected")
     if before_chosen and before_rejected and before_chosen != before_rejected:
         raise BadRow("chosen and rejected answer different prompts")
-    prompt = _prompt(record) or before_chosen or before_rejected
+    fields = [field for field in PROMPT_FIELDS if isinstance(record.get(field), str) or record.get(field)]
+    prompt = parse_prompt(record, fields[0]) if fields else before_chosen or before_rejected
     if not prompt:
         raise BadRow('no "prompt", "question", "instruction" or conversation before the answers')
-    messages = alternate([*_system(record), *parse_history(record.get("history")), *prompt])
+    system = message("system", string(record.get("system"), "system"))
+    messages = alternate([system, *parse_history(record.get("history")), *prompt])
     if messages[-1]["role"] != "user":
         raise BadRow("the prompt does not end with the user")
     return messages, chosen, rejected
+
+
+def split_reply(value, field):
+    """(messages before the reply, reply) from a text, one message, or a conversation that ends with the reply."""
+    if isinstance(value, dict):
+        value = [{"role": "assistant", **value}]
+    if not isinstance(value, list):
+        return [], string(value, field)
+    messages = parse_messages(value)
+    if len(messages) == 1:
+        return [], messages[0]["content"]
+    *before, reply = alternate(messages)
+    if reply["role"] != "assistant":
+        raise BadRow(f'"{field}" does not end with an answer')
+    return before, reply["content"]
 
 
 def alternate(messages):
@@ -170,7 +192,7 @@ def alternate(messages):
         if role == "assistant" and previous == "system":
             turns[-1]["role"] = "user"
         if role == previous:
-            turns[-1]["content"] = _join(turns[-1]["content"], content)
+            turns[-1]["content"] = join(turns[-1]["content"], content)
         else:
             turns.append(message(role, content))
     if not turns or turns[0]["role"] == "assistant":
@@ -178,50 +200,9 @@ def alternate(messages):
     return turns
 
 
-def _join(first, second):
+def join(first, second):
+    """Two texts with a line break between them, unless one is empty."""
     return f"{first}\n{second}" if first and second else first or second
-
-
-def _system(record):
-    return [message("system", string(record.get("system"), "system"))]
-
-
-def _exchange(record):
-    for question_field, answer_field in PAIR_FIELDS:
-        if question_field in record and answer_field in record:
-            answer = string(record[answer_field], answer_field)
-            return [message("user", _question(record, question_field)), message("assistant", answer)]
-    raise BadRow('no question and answer fields ("q"/"a", "instruction"/"output" or "conversations")')
-
-
-def _question(record, field):
-    question = string(record[field], field)
-    return _join(question, string(record.get("input"), "input")) if field == "instruction" else question
-
-
-def _prompt(record):
-    """Messages before the two replies; [] when the row leaves them to the replies."""
-    for field in PROMPT_FIELDS:
-        if isinstance(record.get(field), list) and record[field]:
-            return parse_messages(record[field])
-        if isinstance(record.get(field), str):
-            return [message("user", _question(record, field))]
-    return []
-
-
-def _reply(value, field):
-    """(messages before the reply, reply) from a text, one message, or a conversation that ends with the reply."""
-    if isinstance(value, dict):
-        value = [{"role": "assistant", **value}]
-    if not isinstance(value, list):
-        return [], string(value, field)
-    messages = parse_messages(value)
-    if len(messages) == 1:
-        return [], messages[0]["content"]
-    *before, reply = alternate(messages)
-    if reply["role"] != "assistant":
-        raise BadRow(f'"{field}" does not end with an answer')
-    return before, reply["content"]
 
 
 # --------------------------------------------------------------------------------------- what fits into a context
@@ -244,22 +225,16 @@ def fit_turns(turns, overhead, max_seq_len):
     answer = len(turns) - 1
     while answer > starts[-1] and roles[answer - 1] == "assistant":
         answer -= 1
-    for system, start in [(body, start) for start in starts] + [
-        (0, start) for start in (*starts, *range(starts[-1] + 1, answer))
-    ]:
-        cut = to_end[start] + system * sizes[0] - max_seq_len
-        if cut <= 0:
-            kept = turns[:system] + turns[start:]
-            break
-    else:
-        start = answer - 1
-        role, content = turns[start]
-        if start < starts[-1] or cut >= len(content):
-            return [], []
-        kept = [(role, content[cut:]), *turns[answer:]]
+    choices = [(body, start) for start in starts] + [(0, start) for start in (*starts, *range(starts[-1] + 1, answer))]
+    fitting = [(system, start) for system, start in choices if system * sizes[0] + to_end[start] <= max_seq_len]
+    system, start = fitting[0] if fitting else (0, answer - 1)
+    role, content = turns[start]
+    cut = 0 if fitting else to_end[start] - max_seq_len
+    if not fitting and (start < starts[-1] or cut >= len(content)):
+        return [], []
     lost = {
         "oldest turns left out of a long row": start > body,
         "system turn left out of a long row": body and not system,
-        "front of a long question cut": cut > 0,
+        "front of a long question cut": cut,
     }
-    return kept, [what for what, happened in lost.items() if happened]
+    return [*turns[:system], (role, content[cut:]), *turns[start + 1 :]], [what for what in lost if lost[what]]

@@ -16,7 +16,7 @@ from test_rows import texts, write_csv
 
 from conftest import ROOT
 from model.data import token_cache
-from model.data.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
+from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer
 
@@ -91,22 +91,11 @@ def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
     assert documents(open_pretrain(path))[0][1:-1] == encode_text(TOKENIZER, "bbbb")
 
 
-def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.data.token_cache.HASHED_PIECE", 10)
-    path, hashes = tmp_path / "a", set()
-    for position in range(35):
-        content = bytearray(35)
-        content[position] = 1
-        path.write_bytes(content)
-        hashes.add(content_hash(path))
-    assert len(hashes) == 35
-
-
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
     path = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]]))
     first = open_pretrain(path)
     monkeypatch.setattr("model.data.token_cache._build", lambda *arguments: pytest.fail("built twice"))
-    monkeypatch.setattr("model.data.token_cache.content_hash", lambda *arguments: pytest.fail("hashed twice"))
+    monkeypatch.setattr("hashlib.file_digest", lambda *arguments: pytest.fail("hashed twice"))
     monkeypatch.setattr(
         "model.data.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
     )
@@ -156,14 +145,14 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
-    encode = PretrainEncoding.encode
+    arrays = PretrainEncoding.arrays
 
-    def append_and_encode(self, texts, dtype):
+    def append_and_go_on(*arguments):
         with open(path, "a") as handle:
             handle.write("more\n")
-        return encode(self, texts, dtype)
+        return arrays(*arguments)
 
-    monkeypatch.setattr(PretrainEncoding, "encode", append_and_encode)
+    monkeypatch.setattr(PretrainEncoding, "arrays", append_and_go_on)
     with pytest.raises(UserError, match="changed while"):
         open_pretrain(path)
     assert entries(tmp_path / ".cache") == []
