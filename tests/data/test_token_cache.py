@@ -1,9 +1,11 @@
 """The token cache holds the file's tokens, is found again only for the same bytes and tokenizer, is never half."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -56,6 +58,63 @@ def test_many_blocks_keep_their_order(tmp_path, monkeypatch):
     values = [f"第{number}句" * (number % 7 + 1) for number in range(500)]
     cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value] for value in values]))
     assert documents(cache) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+
+
+LONG = st.lists(st.sampled_from(["雪", "\n", "ab ", "7", "。", "\n\n"]), min_size=1, max_size=60).map("".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(LONG, min_size=1, max_size=4))
+def test_long_documents_are_encoded_in_pieces_and_stay_whole(tmp_path_factory, values):
+    path = write_csv(tmp_path_factory.mktemp("long") / "a.csv", ["text"], [[value] for value in values])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("BLOCK_CHARACTERS", 16), ("PIECE_CHARACTERS", 8), ("LONGEST_PIECE", 400)):
+            patch.setattr(f"model.data.token_cache.{name}", size)
+        assert documents(open_pretrain(path)) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+
+
+def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.data.token_cache.PIECE_CHARACTERS", 4)
+    monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 10)
+    value = "很短\n" + "很长很长很长很长很长" + "的一行\n" + "雪"
+    cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value]]))
+    pieces = "很短\n", "很长很长很长很长很长", "的一行\n雪"
+    assert documents(cache) == [[1, *(token for piece in pieces for token in encode_text(TOKENIZER, piece)), 2]]
+
+
+def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    path, hashed, digest = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"]])), [], hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda *arguments: hashed.append(1) or digest(*arguments))
+    memory = tmp_path / ".cache/hashes.json"
+    folders = [open_pretrain(path).folder for _ in range(3)]
+    assert len(hashed) == 1 and len(set(folders)) == 1
+    for damage in ("", "[1]", "5", "{", '{"a": 1}', json.dumps({str(path): 3}), json.dumps({str(path): [[1], "x"]})):
+        memory.write_text(damage)
+        hashed.clear()
+        assert [open_pretrain(path).folder for _ in range(2)] == folders[:2] and len(hashed) == 1
+    other = settled(write_csv(tmp_path / "b.csv", ["text"], [["山"]]))
+    assert open_pretrain(other).folder != folders[0]
+    hashed.clear()
+    assert open_pretrain(path).folder == folders[0] and open_pretrain(other) and not hashed
+    os.replace(other, path)  # same size and mtime, another inode
+    assert open_pretrain(path).folder != folders[0] and len(hashed) == 1
+
+
+def test_the_hash_of_a_file_written_just_now_is_not_remembered(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    open_pretrain(path)
+    assert not (tmp_path / ".cache/hashes.json").exists()
+
+
+def test_a_cache_in_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    first = open_pretrain(path).folder
+
+    def denied(*arguments, **named):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    assert open_pretrain(path).folder == first
 
 
 def test_compressed_and_plain_files_hold_the_same_tokens(tmp_path):
@@ -163,14 +222,16 @@ import os, sys, time
 from model.data import token_cache
 from model.tokenizer import load_tokenizer
 step, path, go = sys.argv[1:]
-function = getattr(token_cache, step)
+module, _, name = step.rpartition(".")
+module = sys.modules[module] if module else token_cache
+function = getattr(module, name)
 def held(*arguments):
     result = function(*arguments)
     print("held", flush=True)
     while not os.path.exists(go):
         time.sleep(0.02)
     return result
-setattr(token_cache, step, held)
+setattr(module, name, held)
 tokenizer = load_tokenizer()
 encoding = token_cache.PretrainEncoding(tokenizer)
 print(token_cache.open_token_cache(path, tokenizer, encoding).tokens.tolist(), flush=True)
@@ -224,6 +285,34 @@ def test_a_killed_build_leaves_nothing_that_looks_usable_and_no_stale_lock(tmp_p
     cache = open_pretrain(path)
     assert documents(cache) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
     assert entries(tmp_path / ".cache") == [cache.folder]
+
+
+def test_leftovers_of_others_stay_for_a_day(tmp_path):
+    """Only the dead of this host are known to be dead; elsewhere a build may still be going on."""
+    path, cache_dir = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / ".cache"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname()
+    names = [f"{here}-{dead.pid}-x", f"{here}-{os.getpid()}-x", f"elsewhere-{dead.pid}-x", "older_format", "elsewhere-1-old"]
+    dying, living, elsewhere, unknown, old = (cache_dir / f"b-sft-{'0' * 20}.tmp-{name}" for name in names)
+    mine = cache_dir / "notes.tmp-old"
+    for folder in (dying, living, elsewhere, unknown, old, mine):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").touch()
+    for file in (old / "tokens.bin", old, mine / "tokens.bin", mine):
+        os.utime(file, (time.time() - 90_000, time.time() - 90_000))
+    cache = open_pretrain(path)
+    assert set(entries(cache_dir)) == {living, elsewhere, unknown, mine, cache.folder}
+
+
+def test_of_processes_that_start_together_one_reads_the_file(tmp_path, start_build):
+    path, go = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"]])), tmp_path / "go"
+    outputs = [tmp_path / str(rank) for rank in range(3)]
+    processes = [start_build("hashlib.file_digest", path, go, output) for output in outputs]
+    wait_for(lambda: sorted(output.read_text()[:7] for output in outputs) == ["held\n", "waiting", "waiting"], processes)
+    go.touch()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert sum("held" in output.read_text() for output in outputs) == 1
 
 
 def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
