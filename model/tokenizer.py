@@ -92,7 +92,7 @@ class _Derived:
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
         definition.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         self.encoder = Tokenizer.from_str(json.dumps(definition))
-        self.newline = self.encode(["\n"])[0]
+        self.tail = [tokenizer.eos_token_id, *self.encode(["\n"])[0]]
         self.headers = {role: [tokenizer.bos_token_id, *self.encode([f"{role}\n"])[0]] for role in ROLES}
         self.token_bytes = _token_bytes(tokenizer)
 
@@ -126,18 +126,28 @@ def render_conversation(tokenizer, messages, add_generation_prompt=False, last_t
     `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
     without a known role or without text.
     """
-    derived = _derived(tokenizer)
-    contents = derived.encode([_checked_content(message) for message in messages])
-    assistant_turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    supervised = set(assistant_turns[-1:] if last_turn_only else assistant_turns)
-    ids, mask = [], []
-    for index, (message, content) in enumerate(zip(messages, contents)):
-        header = derived.headers[message["role"]]
-        ids += [*header, *content, tokenizer.eos_token_id, *derived.newline]
-        mask += [0] * len(header) + [int(index in supervised)] * (len(content) + 1) + [0] * len(derived.newline)
+    contents = encode_texts(tokenizer, [_checked_content(message) for message in messages])
+    ids, mask = join_turns(tokenizer, [(message["role"], content) for message, content in zip(messages, contents)])
     if add_generation_prompt:
-        ids += derived.headers["assistant"]
-        mask += [0] * len(derived.headers["assistant"])
+        ids += _derived(tokenizer).headers["assistant"]
+    supervised = [int(value > last_turn_only) for value in mask]
+    return ids, supervised + [0] * (len(ids) - len(mask))
+
+
+def join_turns(tokenizer, turns):
+    """(ids, mask) of a conversation [(role, ids of the content), ...].
+
+    mask: bytearray, 1 on the content and the `</s>` of every assistant turn but the last, 2 there on the last, else 0.
+    """
+    headers, tail = _derived(tokenizer).headers, _derived(tokenizer).tail
+    last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    ids, mask = [], bytearray()
+    for index, (role, content) in enumerate(turns):
+        ids += headers[role]
+        ids += content
+        ids += tail
+        supervised = (role == "assistant") + (index == last)
+        mask += bytes(len(headers[role])) + bytes([supervised]) * (len(content) + 1) + bytes(len(tail) - 1)
     return ids, mask
 
 

@@ -15,7 +15,7 @@ id 0, label -100, mask 0.
 import numpy as np
 import torch
 
-from model.data.token_cache import ASSISTANT, SYSTEM, PretrainEncoding, SFTEncoding, open_token_cache
+from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import token_bytes
 
@@ -50,10 +50,9 @@ def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, l
     out and counted. Turns behind the last answer teach nothing and are not kept. Raises UserError as
     open_pretrain_data, and when no row is left.
     """
-    cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer), cache_dir)
+    cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer, max_seq_len), cache_dir)
     held_out = _held_out(len(cache.row_ends), validation_share, seed)
-    rows = _fit_conversations(cache, max_seq_len)
-    train, validation = (SFTDataset(cache, rows, part, last_turn_only) for part in (~held_out, held_out))
+    train, validation = (SFTDataset(cache, part, last_turn_only) for part in (~held_out, held_out))
     if not len(train):
         raise UserError(
             f"{path}: no row left to learn from at --max_seq_len {max_seq_len}; " + "; ".join(cache.report.summary())
@@ -77,15 +76,15 @@ class PretrainDataset:
     the last row reaches back to be full and has label -100 where the row before it already learned. (A stream shorter
     than one row is padded.)
     len(dataset): rows. dataset[i] -> row of 1-D tensors; dataset[[i, j, ...]] -> batch (see module docstring).
-    Attributes: lengths (None: all rows are equally long), num_documents, num_tokens, num_targets, report (RowReport).
+    Attributes: lengths (None: all rows are equally long), num_documents, num_tokens, num_targets, report (RowReport),
+    fingerprint (hex; the same for the same file contents, tokenizer and format, and in SFT max_seq_len).
     """
 
     lengths = None
 
     def __init__(self, cache, documents, max_seq_len):
         """documents: bool mask [number of documents] of those that belong to this part."""
-        self.cache, self.max_seq_len, self.report = cache, max_seq_len, cache.report
-        self.fingerprint = cache.folder.name.rpartition("-")[2]
+        self.cache, self.max_seq_len, self.report, self.fingerprint = cache, max_seq_len, cache.report, cache.fingerprint
         # The stream consists of stretches of the token file, one per run of chosen documents, to save memory.
         edges = np.flatnonzero(np.diff(documents, prepend=False, append=False)).reshape(-1, 2)
         ends = cache.document_ends[edges[:, 1] - 1]
@@ -118,16 +117,15 @@ class SFTDataset:
     len(dataset), dataset[i], dataset[[...]] as in PretrainDataset; a batch is as wide as its longest row, or up to
     a sixteenth wider (_batch_width).
     Attributes: lengths (int array, tokens of each row), num_tokens, report (RowReport of the whole file: rows left
-    out, rows shortened).
+    out, rows shortened), fingerprint.
     """
 
-    def __init__(self, cache, rows, part, last_turn_only):
-        """rows: as _fit_conversations gives them; part: bool mask [rows of the file] of those that belong here."""
-        self.cache, self.last_turn_only, self.report = cache, last_turn_only, rows["report"]
-        self.fingerprint = cache.folder.name.rpartition("-")[2]
-        keep = np.flatnonzero(part & rows["kept"])
-        self.begin, self.end, self.system, self.cut = (rows[name][keep] for name in ("begin", "end", "system", "cut"))
-        self.lengths = rows["length"][keep]
+    def __init__(self, cache, part, last_turn_only):
+        """part: bool mask [rows of the cache] of those that belong here; rows of which nothing fits are left out."""
+        self.cache, self.report, self.fingerprint = cache, cache.report, cache.fingerprint
+        self.supervised_from = 2 if last_turn_only else 1
+        self.rows = np.flatnonzero(part & (cache.row_lengths > 0)).astype(np.int32)
+        self.lengths = cache.row_lengths[self.rows]
         self.num_tokens = int(self.lengths.sum())
 
     def __len__(self):
@@ -136,95 +134,15 @@ class SFTDataset:
     def __getitem__(self, rows):
         if np.ndim(rows) == 0:
             return {name: tensor[0] for name, tensor in self[[rows]].items()}
-        rendered = [self._render(row) for row in rows]
-        width = int(self.lengths[rows].max())
+        stops, lengths = self.cache.row_ends[self.rows[rows]], self.lengths[rows]
+        pieces = [slice(stop - length, stop) for stop, length in zip(stops, lengths)]
+        ids = [self.cache.tokens[piece].astype(np.int64) for piece in pieces]
+        masks = [self.cache.mask[piece] for piece in pieces]
+        labels = [np.where(mask >= self.supervised_from, row, IGNORED) for row, mask in zip(ids, masks)]
+        width = int(lengths.max())
         if len(rows) > 1:
             width = min(_batch_width(width), int(self.lengths.max()))
-        return _batch([ids for ids, _ in rendered], [labels for _, labels in rendered], width)
-
-    def _render(self, row):
-        """(ids, labels) of one row: the token file from its first kept turn on, the question's front cut out."""
-        cache, begin, end = self.cache, int(self.begin[row]), int(self.end[row])
-        start = cache.turn_start(begin)
-        ids = cache.tokens[start : cache.turn_ends[end - 1]].astype(np.int64)
-        labels = np.full_like(ids, IGNORED)
-        for turn in range(end - 1 if self.last_turn_only else begin, end):
-            if cache.turn_roles[turn] == ASSISTANT:
-                learned = slice(
-                    cache.turn_start(turn) + cache.header_lengths[ASSISTANT] - start,
-                    cache.turn_ends[turn] - cache.tail_length - start,
-                )
-                labels[learned] = ids[learned]
-        if self.cut[row]:
-            header = cache.header_lengths[cache.turn_roles[begin]]
-            ids, labels = (np.delete(array, slice(header, header + self.cut[row])) for array in (ids, labels))
-        if self.system[row] >= 0:
-            system = int(self.system[row])
-            turn = cache.tokens[cache.turn_start(system) : cache.turn_ends[system]].astype(np.int64)
-            ids, labels = np.concatenate([turn, ids]), np.concatenate([np.full_like(turn, IGNORED), labels])
-        return ids, labels
-
-
-def _fit_conversations(cache, max_seq_len):
-    """What of each row fits into max_seq_len tokens, for all rows at once.
-
-    Returns a dict of arrays [rows]: kept (bool), begin and end (turns from the first kept one to behind the last),
-    system (turn number put in front, -1: none), cut (tokens of turn `begin` left out behind its header), length
-    (tokens); and "report".
-    """
-    turn_ends, roles, end = np.asarray(cache.turn_ends), np.asarray(cache.turn_roles), np.asarray(cache.row_ends)
-    turn_starts = np.concatenate([[0], turn_ends[:-1]])
-    first = np.concatenate([[0], end[:-1]])
-    has_system = roles[first] == SYSTEM
-    system_length = np.where(has_system, turn_ends[first] - turn_starts[first], 0)
-    body = first + has_system  # the first turn that may be left out, together with its answer
-
-    answers = roles == ASSISTANT
-    changes = np.diff(answers, prepend=False)
-    changes[first] = False
-    changes[body] = True  # a row's first exchange begins here, whoever speaks
-    exchange_starts = np.flatnonzero(changes & ~answers | _marks(body, len(roles)))
-    answer_starts = np.flatnonzero(changes & answers)
-    token_end = turn_ends[end - 1]
-
-    def first_fitting(starts, room, lowest):
-        """For each row the first turn among `starts` from where it has at most `room` tokens; none: `end` or more."""
-        turn = np.maximum(np.searchsorted(turn_starts, token_end - room), lowest)
-        return np.append(starts, len(roles))[np.searchsorted(starts, turn)]
-
-    with_system = first_fitting(exchange_starts, max_seq_len - system_length, body)
-    without = first_fitting(exchange_starts, max_seq_len, body)
-    system = np.where(has_system & (with_system < end), first, -1)
-    begin = np.where(with_system < end, with_system, without)
-
-    # Not even the last exchange fits: its later prompt turns, at the least the very last one with its front cut off.
-    last_exchange = exchange_starts[np.searchsorted(exchange_starts, end) - 1]
-    answer = answer_starts[np.searchsorted(answer_starts, end) - 1]
-    question = np.maximum(answer - 1, last_exchange)
-    tight = begin >= end
-    begin = np.where(
-        tight, np.clip(np.searchsorted(turn_starts, token_end - max_seq_len), last_exchange, question), begin
-    )
-    length = token_end - turn_starts[begin] + np.where(system >= 0, system_length, 0)
-    cut = np.maximum(length - max_seq_len, 0)
-    content = turn_ends[begin] - turn_starts[begin] - cache.header_lengths[roles[begin]] - cache.tail_length - 1
-    kept = (cut == 0) | (~answers[begin] & (cut < content))
-
-    report = cache.report.copy()
-    if not kept.all():
-        report.drop(
-            f"the answer leaves no room for the question within --max_seq_len {max_seq_len}", count=int((~kept).sum())
-        )
-    report.note("oldest turns left out of a long row", int((kept & (begin > body)).sum()))
-    report.note("system turn left out of a long row", int((kept & has_system & (system < 0)).sum()))
-    report.note("front of a long question cut", int((kept & (cut > 0)).sum()))
-    return dict(kept=kept, begin=begin, end=end, system=system, cut=cut, length=length - cut, report=report)
-
-
-def _marks(indices, length):
-    marks = np.zeros(length, dtype=bool)
-    marks[indices] = True
-    return marks
+        return _batch(ids, labels, width)
 
 
 def _batch_width(length):

@@ -5,9 +5,7 @@ from typing import NamedTuple
 
 import orjson
 
-
-class BadRow(Exception):
-    """A row that cannot be read; the message is its kind, the same for all rows with that fault."""
+from model.data.conversations import BadRow, raw_conversation, raw_preference, string, to_columns
 
 
 class Dropped(Exception):
@@ -43,143 +41,7 @@ def chinese_share(utf8):
     return len(utf8.translate(None, NOT_CHINESE)) / max(len(utf8.translate(None, NOT_A_LETTER)), 1)
 
 
-# ------------------------------------------------------------------------------------------------- schemas of rows
-
-PAIR_FIELDS = (("q", "a"), ("instruction", "output"), ("question", "answer"), ("prompt", "response"))
-USER_ROLES, ASSISTANT_ROLES = ("user", "human", "prompter"), ("assistant", "gpt", "bot", "model")
-CHOSEN_FIELDS = ("chosen", "response_chosen", "chosen_response")
-REJECTED_FIELDS = ("rejected", "reject", "response_rejected", "rejected_response")
 CHINESE_NAMES = ("chinese", "zh", "zh-cn", "zh_cn", "cn", "中文")
-
-
-def string(value, field):
-    """`value` as text, "" for null; BadRow when it is anything else."""
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
-    raise BadRow(f'"{field}" is not a text')
-
-
-def join_texts(first, second):
-    """Two texts with a line break between them, unless one is empty."""
-    return f"{first}\n{second}" if first and second else first or second
-
-
-def message(item):
-    """(role, text) of one conversation turn in either usual spelling: role/content or from/value."""
-    if not isinstance(item, dict):
-        raise BadRow("a conversation turn is not an object with role and content")
-    role = item.get("role", item.get("from"))
-    text = string(item.get("content", item.get("value")), "content")
-    if role in USER_ROLES:
-        return "user", text
-    if role in ASSISTANT_ROLES:
-        return "assistant", text
-    if role == "system":
-        return "system", text
-    raise BadRow("a conversation turn has an unknown role")
-
-
-def conversation_turns(messages):
-    """[[role, text], ...] from a list of messages: user and assistant alternate, the user first.
-
-    A system turn joins the user turn after it, neighbours of the same role are joined, with a line break.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("the conversation is not a list of turns")
-    turns = []
-    for role, text in map(message, messages):
-        role = "user" if role == "system" else role
-        if turns and turns[-1][0] == role:
-            turns[-1][1] = join_texts(turns[-1][1], text)
-        else:
-            turns.append([role, text])
-    if turns[0][0] != "user":
-        raise BadRow("the conversation does not begin with the user")
-    return turns
-
-
-def pair_history(value):
-    """History as [[question, answer], ...] from such a list, the JSON text of one, an empty text or null."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = orjson.loads(value)
-        except ValueError:
-            raise BadRow('"history" is not a list of [question, answer]') from None
-    if not value or isinstance(value, str):
-        return []
-    if not isinstance(value, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in value
-    ):
-        raise BadRow('"history" is not a list of [question, answer]')
-    return value
-
-
-def conversation_fields(record):
-    """(history [[question, answer], ...], question, answer) of one instruction or conversation row."""
-    messages = record.get("conversations", record.get("messages"))
-    if messages is not None:
-        turns = conversation_turns(messages)
-        if turns[-1][0] != "assistant":
-            raise BadRow("the conversation does not end with an answer")
-        texts = [text for _, text in turns]
-        pairs = [list(pair) for pair in zip(texts[::2], texts[1::2])]
-        return pairs[:-1], *pairs[-1]
-    for question_field, answer_field in PAIR_FIELDS:
-        if question_field in record and answer_field in record:
-            question = string(record[question_field], question_field)
-            if question_field == "instruction":
-                question = join_texts(question, string(record.get("input"), "input"))
-            return pair_history(record.get("history")), question, string(record[answer_field], answer_field)
-    raise BadRow('no question and answer fields ("q"/"a", "instruction"/"output" or "conversations")')
-
-
-def reply(value, field):
-    """(turns before the reply, reply) from a text, one message, or a conversation that ends with the reply."""
-    if isinstance(value, dict):
-        value = [{"role": "assistant", **value}]
-    if not isinstance(value, list):
-        return [], string(value, field)
-    if len(value) == 1:
-        return [], message(value[0])[1]
-    turns = conversation_turns(value)
-    if turns[-1][0] != "assistant":
-        raise BadRow(f'"{field}" does not end with an answer')
-    return turns[:-1], turns[-1][1]
-
-
-def prompt_turns(record):
-    """Turns before the two replies, the prompt last; [] when the row leaves them to the replies."""
-    for field in ("prompt", "question", "conversations", "messages", "instruction"):
-        value = record.get(field)
-        if isinstance(value, list) and value:
-            return conversation_turns(value)
-        if isinstance(value, str):
-            if field == "instruction":
-                value = join_texts(value, string(record.get("input"), "input"))
-            return [["user", value]]
-    return []
-
-
-def preference_fields(record):
-    """(history, prompt, chosen, rejected) of one preference row; history is [] unless the prompt has earlier turns."""
-    pair = record.get("output")
-    if not (isinstance(pair, list) and len(pair) == 2):
-        names = [next((name for name in fields if name in record), None) for fields in (CHOSEN_FIELDS, REJECTED_FIELDS)]
-        if None in names:
-            raise BadRow('no "chosen" and "rejected" fields')
-        pair = [record[name] for name in names]
-    before_chosen, chosen = reply(pair[0], "chosen")
-    before_rejected, rejected = reply(pair[1], "rejected")
-    if before_chosen and before_rejected and before_chosen != before_rejected:
-        raise BadRow("chosen and rejected answer different prompts")
-    turns = prompt_turns(record) or before_chosen or before_rejected
-    if not turns:
-        raise BadRow('no "prompt", "question", "instruction" or conversation before the answers')
-    if turns[-1][0] != "user":
-        raise BadRow("the prompt does not end with the user")
-    return pair_history(record.get("history")) or turns[:-1], turns[-1][1], chosen, rejected
 
 
 # -------------------------------------------------------------------------------- rules: one row in, one row out
@@ -232,7 +94,7 @@ class PretrainRules:
 
 @dataclasses.dataclass(frozen=True)
 class ConversationRules:
-    """Instruction and conversation rows -> columns history, q, a; output 0 without history, 1 with."""
+    """Instruction and conversation rows -> columns history, q, a; output 0 for a single exchange, 1 for several."""
 
     min_chars: int = 1
     max_chars: int = 2048
@@ -244,14 +106,16 @@ class ConversationRules:
         spoken = record.get("language")
         if isinstance(spoken, str) and spoken and not self.wants(spoken.lower()):
             raise Dropped("language")
-        history, question, answer = conversation_fields(record)
+        messages = raw_conversation(record)
+        history, question, answer = to_columns(messages)
         for text in (question, answer):
             check_length(text, self.min_chars, self.max_chars)
-        if any(not text or text.isspace() for pair in history for text in pair):
+        if any(not message["content"] or message["content"].isspace() for message in messages):
             raise Dropped("empty")
         fields = orjson.dumps(history).decode(), question, answer
         payload = (",".join(map(csv_field, fields)) + "\n").encode()
-        return Row(1 if history else 0, payload, 1, payload)
+        several = any(message["role"] == "assistant" for message in messages[:-1])
+        return Row(int(several), payload, 1, payload)
 
     def wants(self, spoken):
         wanted = self.language.lower()
@@ -260,7 +124,7 @@ class ConversationRules:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceRules:
-    """Preference rows -> a JSON list of {prompt, chosen, rejected}."""
+    """Preference rows -> a JSON list of {prompt, chosen, rejected}; with a system turn the prompt is a list of messages."""
 
     min_chars: int = 1
     max_chars: int = 2048
@@ -268,12 +132,14 @@ class PreferenceRules:
     frames = ((b"[", b"\n]\n"),)
 
     def convert(self, record):
-        history, *fields = preference_fields(record)
-        if history:
+        messages, chosen, rejected = raw_preference(record)
+        *system, question = messages
+        if any(message["role"] != "system" for message in system):
             raise Dropped("history")
-        for text in fields:
+        for text in (question["content"], chosen, rejected):
             check_length(text, self.min_chars, self.max_chars)
-        if fields[1] == fields[2]:
+        if chosen == rejected:
             raise Dropped("same_answers")
-        payload = b",\n" + orjson.dumps(dict(zip(("prompt", "chosen", "rejected"), fields)))
-        return Row(0, payload, 1, "\n".join(fields).encode())
+        row = {"prompt": messages if system else question["content"], "chosen": chosen, "rejected": rejected}
+        texts = [*(message["content"] for message in messages), chosen, rejected]
+        return Row(0, b",\n" + orjson.dumps(row), 1, "\n".join(texts).encode())

@@ -38,8 +38,9 @@ class ResumableSampler:
         generator = np.random.default_rng((self.seed, 2, epoch))
         generator.shuffle(order)
         if self.lengths is not None:
-            stretch = np.arange(self.num_rows) // (GROUPS_SORTED_TOGETHER * self.group_size)
-            order = order[np.lexsort((np.asarray(self.lengths)[order], stretch))]
+            stretch = GROUPS_SORTED_TOGETHER * self.group_size
+            for rows in (order[start : start + stretch] for start in range(0, self.num_rows, stretch)):
+                rows[:] = rows[np.argsort(self.lengths[rows], kind="stable")]
             whole = self.num_rows // self.group_size * self.group_size
             generator.shuffle(order[:whole].reshape(-1, self.group_size))
         return order

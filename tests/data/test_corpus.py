@@ -129,7 +129,7 @@ HISTORY = [["你好", "你好！"]]
         ({"question": "你是谁", "answer": "我"}, [], "你是谁", "我"),
         ({"prompt": "你是谁", "response": "我"}, [], "你是谁", "我"),
         ({"conversations": ANSWERED}, HISTORY, "再见", "再见！"),
-        ({"messages": [{"role": "system", "content": "简短"}, *ANSWERED]}, [["简短\n你好", "你好！"]], "再见", "再见！"),
+        ({"messages": [{"role": "system", "content": "简短"}, *ANSWERED]}, [{"role": "system", "content": "简短"}, *HISTORY], "再见", "再见！"),
     ],
 )
 def test_conversation_schemas(record, history, question, answer):

@@ -29,7 +29,7 @@ TOKENIZER = load_tokenizer()
 class Documents:
     """A token cache in memory: document d consists of the numbers d * 100, d * 100 + 1, ..."""
 
-    report = None
+    report = fingerprint = None
 
     def __init__(self, lengths):
         self.tokens = np.concatenate([100 * document + np.arange(length) for document, length in enumerate(lengths)])
@@ -227,6 +227,32 @@ def test_mask_on_several_turns_and_injected_control_tokens(tmp_path):
     assert (row["labels"] == 2).sum() == 2
     last = sft_data(tmp_path, [messages], 200, last_turn_only=True)[0]
     assert describe_sample(TOKENIZER, last).count("⟦") == 1 and describe_sample(TOKENIZER, last).endswith("⟦a\n</s>⟧\n")
+
+
+def test_the_split_counts_rows_of_which_nothing_fits(tmp_path):
+    """The same rows are held out at every --max_seq_len, the row numbers that the seed draws from all rows."""
+    path = tmp_path / "a.jsonl"
+    rows = [{"history": [], "q": f"q{row}", "a": "long " * 50 * (row % 3 == 0) + f"a{row}"} for row in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = np.random.default_rng((5, 1)).choice(30, 6, replace=False).tolist()
+    for max_seq_len in (30, 200):
+        for part, held_out in zip(open_sft_data(path, TOKENIZER, max_seq_len, validation_share=0.2, seed=5), (False, True)):
+            texts = [TOKENIZER.decode(part[row]["input_ids"]) for row in range(len(part))]
+            found = [int(text.split("</s>")[0].partition("q")[2]) for text in texts]
+            wanted = [row for row in range(30) if (row in chosen) == held_out and (row % 3 or max_seq_len == 200)]
+            assert found == wanted
+
+
+def test_the_fingerprint_is_of_content_tokenizer_and_length(tmp_path, small_tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["history", "q", "a"], [["[]", "q", "a"]] * 3)
+    copy = write_csv(tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", "a"]] * 3)
+    other = write_csv(tmp_path / "c.csv", ["history", "q", "a"], [["[]", "q", "b"]] * 3)
+    train, validation = open_sft_data(path, TOKENIZER, 64)
+    assert train.fingerprint == validation.fingerprint == open_sft_data(copy, TOKENIZER, 64)[0].fingerprint
+    others = [(other, TOKENIZER, 64), (path, TOKENIZER, 65), (path, small_tokenizer, 64)]
+    assert len({train.fingerprint, *(open_sft_data(*arguments)[0].fingerprint for arguments in others)}) == 4
+    text = write_csv(tmp_path / "d.csv", ["text"], [["雪"]] * 3)
+    assert len(open_pretrain_data(text, TOKENIZER, 2)[0].fingerprint) == 20
 
 
 def test_csv_and_conversation_rows_mean_the_same(tmp_path):

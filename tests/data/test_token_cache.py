@@ -1,9 +1,11 @@
 """The token cache holds the file's tokens, is found again only for the same bytes and tokenizer, is never half."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from test_rows import texts, write_csv
 
 from conftest import ROOT
 from model.data import token_cache
-from model.data.token_cache import PretrainEncoding, SFTEncoding, content_hash, open_token_cache
+from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer
 
@@ -28,7 +30,13 @@ def open_pretrain(path, cache_dir=None):
 
 
 def entries(cache_dir):
-    return [entry for entry in cache_dir.iterdir() if entry.name != ".lock"]
+    return [entry for entry in cache_dir.iterdir() if entry.name not in (".lock", "hashes.json")]
+
+
+def settled(path):
+    """The file as if written an hour ago: only then is its hash remembered."""
+    os.utime(path, (time.time() - 3600, time.time() - 3600))
+    return path
 
 
 def documents(cache):
@@ -50,6 +58,63 @@ def test_many_blocks_keep_their_order(tmp_path, monkeypatch):
     values = [f"第{number}句" * (number % 7 + 1) for number in range(500)]
     cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value] for value in values]))
     assert documents(cache) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+
+
+LONG = st.lists(st.sampled_from(["雪", "\n", "ab ", "7", "。", "\n\n"]), min_size=1, max_size=60).map("".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(values=st.lists(LONG, min_size=1, max_size=4))
+def test_long_documents_are_encoded_in_pieces_and_stay_whole(tmp_path_factory, values):
+    path = write_csv(tmp_path_factory.mktemp("long") / "a.csv", ["text"], [[value] for value in values])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("BLOCK_CHARACTERS", 16), ("PIECE_CHARACTERS", 8), ("LONGEST_PIECE", 400)):
+            patch.setattr(f"model.data.token_cache.{name}", size)
+        assert documents(open_pretrain(path)) == [[1, *encode_text(TOKENIZER, value), 2] for value in values]
+
+
+def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("model.data.token_cache.PIECE_CHARACTERS", 4)
+    monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 10)
+    value = "很短\n" + "很长很长很长很长很长" + "的一行\n" + "雪"
+    cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[value]]))
+    pieces = "很短\n", "很长很长很长很长很长", "的一行\n雪"
+    assert documents(cache) == [[1, *(token for piece in pieces for token in encode_text(TOKENIZER, piece)), 2]]
+
+
+def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
+    path, hashed, digest = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"]])), [], hashlib.file_digest
+    monkeypatch.setattr("hashlib.file_digest", lambda *arguments: hashed.append(1) or digest(*arguments))
+    memory = tmp_path / ".cache/hashes.json"
+    folders = [open_pretrain(path).folder for _ in range(3)]
+    assert len(hashed) == 1 and len(set(folders)) == 1
+    for damage in ("", "[1]", "5", "{", '{"a": 1}', json.dumps({str(path): 3}), json.dumps({str(path): [[1], "x"]})):
+        memory.write_text(damage)
+        hashed.clear()
+        assert [open_pretrain(path).folder for _ in range(2)] == folders[:2] and len(hashed) == 1
+    other = settled(write_csv(tmp_path / "b.csv", ["text"], [["山"]]))
+    assert open_pretrain(other).folder != folders[0]
+    hashed.clear()
+    assert open_pretrain(path).folder == folders[0] and open_pretrain(other) and not hashed
+    os.replace(other, path)  # same size and mtime, another inode
+    assert open_pretrain(path).folder != folders[0] and len(hashed) == 1
+
+
+def test_the_hash_of_a_file_written_just_now_is_not_remembered(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    open_pretrain(path)
+    assert not (tmp_path / ".cache/hashes.json").exists()
+
+
+def test_a_cache_in_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    first = open_pretrain(path).folder
+
+    def denied(*arguments, **named):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    assert open_pretrain(path).folder == first
 
 
 def test_compressed_and_plain_files_hold_the_same_tokens(tmp_path):
@@ -85,21 +150,11 @@ def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
     assert documents(open_pretrain(path))[0][1:-1] == encode_text(TOKENIZER, "bbbb")
 
 
-def test_fingerprint_covers_every_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.data.token_cache.HASHED_PIECE", 10)
-    path, hashes = tmp_path / "a", set()
-    for position in range(35):
-        content = bytearray(35)
-        content[position] = 1
-        path.write_bytes(content)
-        hashes.add(content_hash(path))
-    assert len(hashes) == 35
-
-
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
-    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]])
+    path = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]]))
     first = open_pretrain(path)
     monkeypatch.setattr("model.data.token_cache._build", lambda *arguments: pytest.fail("built twice"))
+    monkeypatch.setattr("hashlib.file_digest", lambda *arguments: pytest.fail("hashed twice"))
     monkeypatch.setattr(
         "model.data.token_cache._lock", lambda *arguments: pytest.fail("a read-only folder cannot be locked")
     )
@@ -131,7 +186,7 @@ def test_nothing_usable_and_nothing_left_behind(tmp_path):
         tmp_path / "b.csv", ["history", "q", "a"], [["[]", "q", " "], ["{}", "q", "a"], ["[[1, 2]]", "q", "a"]]
     )
     with pytest.raises(UserError, match="no row left to learn from"):
-        open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
+        open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER, 64))
     assert entries(tmp_path / ".cache") == []
 
 
@@ -149,14 +204,14 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
-    encode = PretrainEncoding.encode
+    arrays = PretrainEncoding.arrays
 
-    def append_and_encode(self, texts, dtype):
+    def append_and_go_on(*arguments):
         with open(path, "a") as handle:
             handle.write("more\n")
-        return encode(self, texts, dtype)
+        return arrays(*arguments)
 
-    monkeypatch.setattr(PretrainEncoding, "encode", append_and_encode)
+    monkeypatch.setattr(PretrainEncoding, "arrays", append_and_go_on)
     with pytest.raises(UserError, match="changed while"):
         open_pretrain(path)
     assert entries(tmp_path / ".cache") == []
@@ -167,14 +222,16 @@ import os, sys, time
 from model.data import token_cache
 from model.tokenizer import load_tokenizer
 step, path, go = sys.argv[1:]
-function = getattr(token_cache, step)
+module, _, name = step.rpartition(".")
+module = sys.modules[module] if module else token_cache
+function = getattr(module, name)
 def held(*arguments):
     result = function(*arguments)
     print("held", flush=True)
     while not os.path.exists(go):
         time.sleep(0.02)
     return result
-setattr(token_cache, step, held)
+setattr(module, name, held)
 tokenizer = load_tokenizer()
 encoding = token_cache.PretrainEncoding(tokenizer)
 print(token_cache.open_token_cache(path, tokenizer, encoding).tokens.tolist(), flush=True)
@@ -230,6 +287,34 @@ def test_a_killed_build_leaves_nothing_that_looks_usable_and_no_stale_lock(tmp_p
     assert entries(tmp_path / ".cache") == [cache.folder]
 
 
+def test_leftovers_of_others_stay_for_a_day(tmp_path):
+    """Only the dead of this host are known to be dead; elsewhere a build may still be going on."""
+    path, cache_dir = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / ".cache"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here = socket.gethostname()
+    names = [f"{here}-{dead.pid}-x", f"{here}-{os.getpid()}-x", f"elsewhere-{dead.pid}-x", "older_format", "elsewhere-1-old"]
+    dying, living, elsewhere, unknown, old = (cache_dir / f"b-sft-{'0' * 20}.tmp-{name}" for name in names)
+    mine = cache_dir / "notes.tmp-old"
+    for folder in (dying, living, elsewhere, unknown, old, mine):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").touch()
+    for file in (old / "tokens.bin", old, mine / "tokens.bin", mine):
+        os.utime(file, (time.time() - 90_000, time.time() - 90_000))
+    cache = open_pretrain(path)
+    assert set(entries(cache_dir)) == {living, elsewhere, unknown, mine, cache.folder}
+
+
+def test_of_processes_that_start_together_one_reads_the_file(tmp_path, start_build):
+    path, go = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"]])), tmp_path / "go"
+    outputs = [tmp_path / str(rank) for rank in range(3)]
+    processes = [start_build("hashlib.file_digest", path, go, output) for output in outputs]
+    wait_for(lambda: sorted(output.read_text()[:7] for output in outputs) == ["held\n", "waiting", "waiting"], processes)
+    go.touch()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert sum("held" in output.read_text() for output in outputs) == 1
+
+
 def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
     def no_locks(*arguments):
         raise OSError(errno.ENOLCK, "no locks")
@@ -242,12 +327,12 @@ def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
         other.append(open_pretrain(path).folder)
         return write(*arguments)
 
-    monkeypatch.setattr("model.data.token_cache.fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr("model.data.token_cache._write_arrays", write_after_another)
     assert [open_pretrain(path).folder] == other == entries(tmp_path / ".cache")
 
 
-def test_sft_cache_by_turns(tmp_path):
+def test_sft_cache_by_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [
         {"history": [["问", "答"]], "q": "q", "a": "a"},
@@ -266,11 +351,14 @@ def test_sft_cache_by_turns(tmp_path):
         {"history": [["a", "b", "c"]], "q": "q", "a": "a"},
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER))
-    assert cache.row_ends.tolist() == [4, 6] and cache.turn_roles.tolist() == [1, 2, 1, 2, 1, 2]
+    cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER, 64))
     turns = ["user\n问", "assistant\n答", "user\nq", "assistant\na", "user\nhi", "assistant\n</s>"]
     text = "".join(f"<s>{turn}</s>\n" for turn in turns)
     assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 6
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 1]) == "答</s>"
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 2]) == "a</s></s></s>"
+    assert np.cumsum(cache.row_lengths).tolist() == cache.row_ends.tolist()
+    assert TOKENIZER.decode(cache.tokens[cache.row_ends[0] :]) == "<s>user\nhi</s>\n<s>assistant\n</s></s>\n"
     assert cache.report.dropped.total() == 6 and cache.report.kept == 2
     lines = {place.rsplit(":", 1)[1] for places in cache.report.places.values() for place in places}
     assert lines == {"2", "4", "5", "6", "7", "8"}
