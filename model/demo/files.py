@@ -46,7 +46,6 @@ def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DI
         if place.exists() and not overwrite and not same_bytes(place, copies / name):
             raise UserError(f"{place}: was not made by the demo (or was changed since); give another --output_dir, "
                             "move it away, or give --overwrite to replace it")  # fmt: skip
-    shutil.rmtree(unfinished, ignore_errors=True)
     # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
     exam = Path("ceval/ceval-exam") if directory == Path("dataset") else directory / "ceval-exam"
     try:

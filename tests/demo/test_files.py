@@ -1,6 +1,7 @@
 """The demo replaces what it wrote, whatever became of its tables or of an earlier run, and nothing that others wrote."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -71,7 +72,9 @@ def test_what_others_wrote_or_changed_stays(tmp_path, small, name):
     build_demo(tmp_path / "made", overwrite=True)
     content = own.read_bytes()
     assert content != b"my own"
-    own.write_bytes(content[:-2] + b"!\n")  # as long as before
+    own.write_bytes(content[:-2] + b"!\n")  # as long as before, and as old
+    copy = (tmp_path / "made/raw/demo_copies" / name).stat()
+    os.utime(own, ns=(copy.st_atime_ns, copy.st_mtime_ns))
     before = contents(tmp_path / "made")
     with pytest.raises(UserError, match="changed since"):
         build_demo(tmp_path / "made")

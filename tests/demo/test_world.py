@@ -160,6 +160,8 @@ def test_heldout_followups_are_never_trained_on(world, files):
     ellipses = [row for row in rows if row["task"] == "ellipsis"]
     assert len(pronouns) >= 50 and not {row["a"] for row in pronouns} & trained and all(row["q"] in patterns for row in pronouns)
     assert len(ellipses) >= 50 and not {row["a"] for row in ellipses} & short
+    for first, second in world.followups + world.heldout_followups:  # it goes on about the same thing
+        assert first.entity == second.entity and first.relation != second.relation
 
 
 def test_heldout_texts_are_never_trained_on(world, files):
