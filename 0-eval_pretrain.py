@@ -31,8 +31,8 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.demo.world import score_answer
-    from model.evaluation.questions import check_prompts, measure_accuracy, print_accuracy, read_questions
+    from model.evaluation.questions import check_prompts, read_questions
+    from model.evaluation.scoring import measure_accuracy, print_accuracy, score_answer
     from model.inference.chat import print_stream
     from model.inference.open import open_engine
     from model.tokenizer import encode_text

@@ -49,12 +49,8 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation.questions import (
-        check_prompts,
-        measure_accuracy,
-        print_accuracy,
-        read_questions,
-    )
+    from model.evaluation.questions import check_prompts, read_questions
+    from model.evaluation.scoring import measure_accuracy, print_accuracy
     from model.inference.chat import chat_prompt, print_stream
     from model.inference.open import open_engine
 

@@ -33,4 +33,5 @@ benchmarks: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv out dataset/.cache
+	rm -rf .venv dataset/.cache
+	test ! -d out || find out -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

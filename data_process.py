@@ -10,7 +10,6 @@ counted, the first of its kind is named as file:line, and all of them are listed
 """
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -117,7 +116,10 @@ def main():
     arguments = build_parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as on Ctrl-C: no temporary files, one line
     if arguments.command == "demo":
-        return build_demo(arguments)
+        from model.demo.files import build_demo
+
+        reports = build_demo(arguments.output_dir, arguments.seed, arguments.overwrite, arguments.workers)
+        return finish(reports, arguments.report)
     rules = rules_from(arguments)
     report = process_corpus(
         expand_paths(arguments.data_path),
@@ -129,81 +131,6 @@ def main():
         description=arguments.command,
     )
     finish({arguments.command: report}, arguments.report)
-
-
-class DemoFiles:
-    """Which files the demo made and what they held (SHA-256), so that it replaces its own files and no others.
-
-    Kept in <directory>/raw/demo_files.json. Files named demo_* (raw corpora, exam) are the demo's by name.
-    """
-
-    def __init__(self, directory, names):
-        self.directory, self.names, self.record = directory, names, directory / "raw" / "demo_files.json"
-        try:
-            made = dict(json.loads(self.record.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            made = {}
-        except (TypeError, ValueError):
-            raise UserError(f"{self.record}: is damaged; delete it, then give --overwrite to replace all files") from None
-        self.others = {name: digest for name, digest in self.digests().items() if made.get(name) != digest}
-
-    def digests(self):
-        found = {}
-        for name in self.names:
-            if (self.directory / name).exists():
-                with open(self.directory / name, "rb") as handle:
-                    found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
-        return found
-
-    def refuse_others(self):
-        """Raise UserError if there is a file that is not as the demo wrote it."""
-        for name in self.others:
-            raise UserError(f"{self.directory / name}: was not made by the demo (or was changed since); give another "
-                            "--output_dir, move it away, or give --overwrite to replace it")  # fmt: skip
-
-    def remember(self):
-        """Record the files that the demo has made by now."""
-        made = {name: digest for name, digest in self.digests().items() if self.others.get(name) != digest}
-        with atomic_write(self.record) as handle:
-            handle.write(json.dumps(made, indent=1).encode() + b"\n")
-
-
-def build_demo(arguments):
-    """Build the built-in world, but not over files of another origin."""
-    from model.demo.world import HELDOUT_FILES
-
-    heldout = [f"heldout/{name}" for name in HELDOUT_FILES.values()]
-    files = DemoFiles(Path(arguments.output_dir), [*sum(OUTPUTS.values(), ()), *heldout])
-    if not arguments.overwrite:
-        files.refuse_others()
-    try:
-        reports = write_demo(arguments)
-        files.others.clear()  # each has been replaced
-    finally:
-        files.remember()  # of a run that was interrupted too: it can be repeated
-    finish(reports, arguments.report)
-
-
-def write_demo(arguments):
-    """Write the built-in world as raw corpora and send them the way of all data; tests and exam go out as they are."""
-    from model.demo.world import write_exam, write_heldout, write_raw_files
-
-    directory = Path(arguments.output_dir)
-    raw = write_raw_files(directory / "raw", arguments.seed)
-    write_heldout(directory, arguments.seed)
-    # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
-    exam = Path("ceval/ceval-exam") if directory == Path("dataset") else directory / "ceval-exam"
-    write_exam(exam, arguments.seed)
-    print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {exam}")
-    sources = {
-        "pretrain": ([raw["pretrain"]], PretrainRules()),
-        "sft": ([raw["sft_single"], raw["sft_multi"]], ConversationRules()),
-        "dpo": ([raw["dpo"]], PreferenceRules()),
-    }
-    return {
-        name: process_corpus(inputs, [directory / output for output in OUTPUTS[name]], rules, workers=arguments.workers)
-        for name, (inputs, rules) in sources.items()
-    }
 
 
 def finish(reports, report_path):

@@ -71,79 +71,77 @@ def draw_model(preset):
         raise UserError(f"--preset: {error}", exit_code=2) from None
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    figure, axes = pyplot.subplots(figsize=(9.5, 10.5))
-    axes.set(xlim=(-4.6, 5.4), ylim=(-0.8, 12.2))
+    figure, axes = pyplot.subplots(figsize=(9.5, 12.2))
+    axes.set(xlim=(-4.6, 5.4), ylim=(-0.8, 14.2))
     axes.axis("off")
     axes.set_title(f"{preset}: {parameters:,} parameters", fontsize=13)
 
     box(axes, (0, 0), 4.4, f"token embedding   {config.vocab_size:,} x {config.dim}", MIX)
     axes.text(0, -0.7, "token ids [B, T]", ha="center", fontsize=9)
     draw_block(axes, config)
-    box(axes, (0, 10.1), 4.4, "RMSNorm", NORM)
-    box(axes, (0, 11.2), 4.4, f"output   {config.dim} x {config.vocab_size:,}  (= embedding, tied)", MIX)
-    arrow(axes, (0, 0.37), (0, 1.43))
-    arrow(axes, (0, 9.1), (0, 9.73))
-    arrow(axes, (0, 10.47), (0, 10.83))
-    axes.text(0, 11.85, f"logits [B, T, {config.vocab_size:,}]", ha="center", fontsize=9)
+    box(axes, (0, 12.1), 4.4, "RMSNorm", NORM)
+    box(axes, (0, 13.2), 4.4, f"output   {config.dim} x {config.vocab_size:,}  (= embedding, tied)", MIX)
+    arrow(axes, (0, 0.37), (0, 1.53))
+    arrow(axes, (0, 10.75), (0, 11.73))
+    arrow(axes, (0, 12.47), (0, 12.83))
+    axes.text(0, 13.8, f"logits [B, T, {config.vocab_size:,}]", ha="center", fontsize=9)
     return figure
 
 
 def draw_block(axes, config):
-    """Attention and feed-forward with their residual connections, in a frame that says how often the block is repeated."""
+    """Attention and feed-forward with their residual connections, in a frame that says how often it is repeated."""
     from matplotlib.patches import Rectangle
 
-    axes.add_patch(Rectangle((-4.4, 0.85), 9.6, 7.95, fill=False, edgecolor=EDGE, linestyle="--"))
-    axes.text(-4.2, 8.4, f"x {config.n_layers} layers", fontsize=11)
+    axes.add_patch(Rectangle((-4.4, 0.8), 9.6, 10.4, fill=False, edgecolor=EDGE, linestyle="--"))
+    axes.text(5.0, 10.8, f"x {config.n_layers} layers", ha="right", fontsize=11)
     width, half = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    box(axes, (0, 1.8), 4.4, "RMSNorm", NORM)
-    box(axes, (-2.1, 2.9), 1.9, f"wq  {config.dim}x{width}", MIX)
-    box(axes, (0, 2.9), 1.9, f"wk  {config.dim}x{half}", MIX)
-    box(axes, (2.1, 2.9), 1.9, f"wv  {config.dim}x{half}", MIX)
+    box(axes, (0, 1.9), 4.4, "RMSNorm", NORM)
+    box(axes, (-2.1, 3.1), 1.9, f"wq  {config.dim}x{width}", MIX)
+    box(axes, (0, 3.1), 1.9, f"wk  {config.dim}x{half}", MIX)
+    box(axes, (2.1, 3.1), 1.9, f"wv  {config.dim}x{half}", MIX)
     heads = f"{config.n_heads} query heads share {config.n_kv_heads} key/value heads of {config.head_dim}"
-    box(axes, (0, 3.95), 6.3, f"rotary embedding on q, k; causal attention\n{heads}", MIX)
-    box(axes, (0, 4.85), 4.4, f"wo  {width}x{config.dim}", MIX)
+    box(axes, (0, 4.2), 6.3, f"rotary embedding on q, k; causal attention\n{heads}", MIX)
+    box(axes, (0, 5.3), 4.4, f"wo  {width}x{config.dim}", MIX)
     for x in (-2.1, 0, 2.1):
-        arrow(axes, (0, 2.17), (x, 2.53))
-        arrow(axes, (x, 3.27), (x, 3.58))
-    arrow(axes, (0, 4.32), (0, 4.48))
-    arrow(axes, (0, 1.1), (-4.1, 1.1), (-4.1, 5.5), (-0.2, 5.5))
-    axes.text(0, 5.5, "+", ha="center", va="center", fontsize=15)
-    arrow(axes, (0, 5.22), (0, 5.4))
-    box(axes, (0, 6.15), 4.4, "RMSNorm", NORM)
-    arrow(axes, (0, 5.6), (0, 5.78))
-    arrow(axes, (0, 5.65), (-4.1, 5.65), (-4.1, 8.75), (-0.2, 8.75))
-    axes.text(0, 8.75, "+", ha="center", va="center", fontsize=15)
+        arrow(axes, (0, 2.27), (x, 2.73))
+        arrow(axes, (x, 3.47), (x, 3.83))
+    arrow(axes, (0, 4.57), (0, 4.93))
+    arrow(axes, (0, 5.67), (0, 6.03))
+    arrow(axes, (0, 6.3), (0, 6.93))
+    box(axes, (0, 7.3), 4.4, "RMSNorm", NORM)
+    for branch, plus in ((1.15, 6.15), (6.5, 10.6)):  # around attention, around the feed-forward
+        arrow(axes, (0, branch), (-4.1, branch), (-4.1, plus), (-0.2, plus))
+        axes.text(0, plus, "+", ha="center", va="center", fontsize=15)
     (draw_experts if config.use_moe else draw_feed_forward)(axes, config)
-    axes.plot([0, 0], [8.85, 9.1], color=EDGE, linewidth=1.1)
 
 
 def draw_feed_forward(axes, config):
-    box(axes, (-1.3, 7.1), 2.4, f"w1  {config.dim}x{config.hidden_dim}, SiLU", FEED)
-    box(axes, (1.3, 7.1), 2.4, f"w3  {config.dim}x{config.hidden_dim}", FEED)
-    box(axes, (0, 8.0), 4.4, f"product, w2  {config.hidden_dim}x{config.dim}   (SwiGLU)", FEED)
+    box(axes, (-1.3, 8.4), 2.4, f"w1  {config.dim}x{config.hidden_dim}, SiLU", FEED)
+    box(axes, (1.3, 8.4), 2.4, f"w3  {config.dim}x{config.hidden_dim}", FEED)
+    box(axes, (0, 9.5), 4.4, f"product, w2  {config.hidden_dim}x{config.dim}   (SwiGLU)", FEED)
     for x in (-1.3, 1.3):
-        arrow(axes, (0, 6.52), (x, 6.73))
-        arrow(axes, (x, 7.47), (x * 0.6, 7.63))
-    arrow(axes, (0, 8.37), (0, 8.62))
+        arrow(axes, (0, 7.67), (x, 8.03))
+        arrow(axes, (x, 8.77), (x, 9.13))
+    arrow(axes, (0, 9.87), (0, 10.45))
 
 
 def draw_experts(axes, config):
     """The gate and its experts side by side; the shared ones, which see every token, at the right."""
     gate = f"gate: softmax over {config.n_routed_experts}, top {config.num_experts_per_tok}, renormalised"
-    box(axes, (-1.2, 7.0), 4.4, gate, ROUTE)
-    arrow(axes, (0, 6.52), (-0.6, 6.63))
+    expert = f"to experts, each a SwiGLU of {config.dim}-{config.hidden_dim}-{config.dim}"
+    box(axes, (-1.2, 8.4), 4.4, f"{gate}\n{expert}", ROUTE)
+    arrow(axes, (-1.2, 7.67), (-1.2, 8.03))
     count = config.n_routed_experts
     for index in range(count):
         x = -3.2 + 4.0 * index / max(count - 1, 1)
-        box(axes, (x, 7.95), 4.0 / count - 0.05, f"expert {index}", FEED)
-        arrow(axes, (-1.2, 7.37), (x, 7.58))
-        arrow(axes, (x, 8.32), (-0.15, 8.68))
+        box(axes, (x, 9.5), 4.0 / count - 0.05, f"expert {index}", FEED)
+        arrow(axes, (-1.2, 8.77), (x, 9.13))
+        arrow(axes, (x, 9.87), (-0.15, 10.5))
     if config.n_shared_experts:
         width = config.hidden_dim * config.n_shared_experts
-        box(axes, (3.3, 7.5), 2.9, f"{config.n_shared_experts} shared: SwiGLU\n{config.dim}-{width}-{config.dim}", FEED)
-        arrow(axes, (0, 6.52), (3.3, 7.13))
-        arrow(axes, (3.3, 7.87), (0.15, 8.68))
-    axes.text(3.3, 6.75, f"an expert: {config.dim}-{config.hidden_dim}-{config.dim}", ha="center", fontsize=8)
+        box(axes, (3.3, 9.5), 2.9, f"{config.n_shared_experts} shared: SwiGLU\n{config.dim}-{width}-{config.dim}", FEED)
+        arrow(axes, (2.26, 7.3), (3.3, 7.3), (3.3, 9.13))
+        arrow(axes, (3.3, 9.87), (0.15, 10.5))
 
 
 def draw_curves(logs):

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,9 +126,7 @@ def test_demo_replaces_its_own_files_and_no_others(tmp_path):
     assert demo("--overwrite").returncode == 0 and "my,own" not in own.read_text()
     again = demo()
     assert again.returncode == 0, again.stderr
-    (tmp_path / "raw/demo_files.json").write_text("[")
-    assert_one_line_error(demo(), "demo_files.json", "damaged")
-    (tmp_path / "raw/demo_files.json").unlink()
+    shutil.rmtree(tmp_path / "raw/demo_copies")
     assert_one_line_error(demo(), tmp_path / "pretrain_data.csv", "--overwrite")
     assert demo("--overwrite").returncode == 0
     with open(tmp_path / "heldout/facts.jsonl", "a") as handle:

@@ -140,25 +140,6 @@ def test_a_file_with_answers_gives_accuracy_by_task_and_json(run, tmp_path):
     assert result == {"accuracy": 0.0, "questions": 2, "tasks": {"direct": 0.0, "ellipsis": 0.0}}
 
 
-def test_right_answers_are_counted_as_right(monkeypatch):
-    from model.evaluation import questions as evaluation
-
-    class Answers:
-        def generate(self, prompts, parameters, on_finish):
-            assert parameters.temperature == 0
-            return [type("Request", (), {"text": text}) for text in ("省会是石家庄。", "不知道。", "广州。")]
-
-    from model.inference.sampling import SamplingParameters
-
-    rows = [
-        {"q": "河北的省会是哪里？", "answer": "石家庄", "task": "a"},
-        {"q": "山东的省会是哪里？", "answer": "济南", "task": "a"},
-        {"q": "广东的省会是哪里？", "answer": "广州", "task": "b"},
-    ]
-    result = evaluation.measure_accuracy(Answers(), rows, [[1]] * 3, SamplingParameters())
-    assert result == {"accuracy": 2 / 3, "questions": 3, "tasks": {"a": 0.5, "b": 1.0}}
-
-
 def test_cloze_rows_give_accuracy(run, tmp_path):
     path = tmp_path / "cloze.jsonl"
     path.write_text(json.dumps({"prompt": "河北的省会是", "answer": "石家庄"}, ensure_ascii=False), encoding="utf-8")

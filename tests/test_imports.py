@@ -11,7 +11,7 @@ FORBIDDEN = {
     "core": {"data", "training", "inference", "evaluation", "export", "demo"},
     "data": {"training"},
     "inference": {"training"},
-    "evaluation": {"training"},
+    "evaluation": {"training", "demo"},
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -1,35 +1,35 @@
 """The demo's data: a small world of true facts, kept as tables, told as the raw corpora that real data comes in.
 
-dataset/demo_world/ holds what a learner edits: one CSV row is one thing, relations.json says which column is asked about
-and in which words. From these, DemoWorld makes for every stage what it trains on (raw files for data_process.py) and what
-it is tested on, of which no question, pair or text is ever trained on:
+dataset/demo_world/ holds what a learner edits: one CSV row is one thing, relations.json says which column is asked
+about and in which words. From these, DemoWorld makes for every stage what it trains on (raw rows for data_process.py)
+and what it is tested on, of which no question, pair or text is ever trained on:
 
-    stage                  trained on                                    held out
-    pretraining            statements, dialogues, stories                other sentence patterns (pretrain.csv, cloze.jsonl)
-    SFT, single turn       8 or more phrasings of each question          other phrasings (facts.jsonl), operands (arithmetic.jsonl)
-    SFT, multi-turn        what was told x how it is asked, 3 in 4       the other pairs (multi_turn.jsonl)
-    preferences            4 facts in 5                                  the fifth (dpo.json)
-    exam                   nothing                                       multiple choice as in C-Eval (dev, val)
+    stage              trained on                                  held out
+    pretraining        statements, dialogues, stories              other sentence patterns (pretrain.csv, cloze.jsonl)
+    SFT, single turn   8 or more phrasings of each question        other phrasings (facts.jsonl), other operands
+                                                                   (arithmetic.jsonl)
+    SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
+    preferences        4 facts in 5                                the fifth (dpo.json)
+    exam               nothing                                     multiple choice as in C-Eval (dev, val)
 
 Every choice is drawn from a generator seeded by `seed` and the purpose, so parts can be changed without moving others.
 """
 
 import collections
 import csv
-import functools
+import io
 import itertools
 import json
 import random
-import re
-import unicodedata
 from dataclasses import dataclass
+from operator import add, mul, sub
 from pathlib import Path
 
 from model.errors import UserError
-from model.files import atomic_write
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
 LETTERS = "ABCD"
+CALCULATIONS = {"addition": add, "subtraction": sub, "multiplication": mul}
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 
 
@@ -58,28 +58,34 @@ class Fact:
         return self.patterns["answer"].format_map({**self.fields, "value": value})
 
 
-# ------------------------------------------------------------------------------------------------- reading the tables
+def read_text(path):
+    """The text of a UTF-8 file, with or without a byte order mark; UserError names a file that is none or missing."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; save it in that encoding") from None
 
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
+        value = json.loads(read_text(path))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair shows here
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not value:
+        raise UserError(f"{path}: is empty")
+    return value
 
 
 def read_table(path):
     """[(line number, {column: cell})] of a CSV file; UserError for a row with missing or surplus cells."""
+    reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
     try:
-        with open(path, encoding="utf-8", newline="") as handle:
-            reader = csv.DictReader(handle, strict=True)
-            rows = [(reader.line_num, row) for row in reader]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{path}: not a UTF-8 CSV file ({error})") from None
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num + 1}: not CSV ({error})") from None
     for line, row in rows:
         if None in row or None in row.values():
             raise UserError(f"{path}:{line}: expected {len(reader.fieldnames)} cells: {','.join(reader.fieldnames)}")
@@ -89,7 +95,7 @@ def read_table(path):
 def read_facts(directory):
     """All facts, in the order of relations.json. An empty cell means: no such fact. UserError names the faulty line."""
     description = read_json(directory / "relations.json")
-    relations, facts, answers = description["relations"], [], {}
+    relations, facts, answers, lines = description["relations"], [], {}, {}
     for name, relation in relations.items():
         relation = {**relations.get(relation.get("extends"), {}), **relation}
         relation = {**description["frames"][relation["frame"]], **relation}
@@ -98,12 +104,15 @@ def read_facts(directory):
             try:
                 fact = make_fact(name, relation, row)
             except KeyError as error:
-                raise UserError(f"{directory / 'relations.json'}: {name} uses {error}, not a column of {path.name}") from None
+                where = f"{directory / 'relations.json'}: {name}"
+                raise UserError(f"{where} uses {error}, not a column of {path.name}") from None
             if fact is None:
                 continue
             for question in fact.questions() + fact.questions("heldout_questions"):
                 if answers.setdefault(question, fact.answer) != fact.answer:
                     raise UserError(f"{path}:{line}: second answer to {question} besides {answers[question]}")
+            if lines.setdefault((name, fact.entity), line) != line:
+                raise UserError(f"{path}:{line}: {fact.entity} is there already, in line {lines[name, fact.entity]}")
             facts.append(fact)
     return facts
 
@@ -120,9 +129,6 @@ def make_fact(name, relation, row):
     return fact
 
 
-# --------------------------------------------------------------------------------------------------------- the world
-
-
 class DemoWorld:
     """The tables, and the seeded decisions which questions and pairs are held out.
 
@@ -137,7 +143,7 @@ class DemoWorld:
         self.chat, self.memory, self.arithmetic, self.endings = (
             read_json(directory / f"{name}.json") for name in ("chat", "memory", "arithmetic", "preferences")
         )
-        self.texts = (directory / "texts.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        self.texts = [text for text in read_text(directory / "texts.txt").split("\n") if text.strip()]
         self.by_relation, self.by_entity = collections.defaultdict(list), collections.defaultdict(list)
         for fact in self.facts:
             self.by_relation[fact.relation].append(fact)
@@ -161,33 +167,30 @@ class DemoWorld:
     def split_arithmetic(self):
         """Problems are dicts a, b, c, word, sign, task; one pair of operands in seven is held out."""
         problems = []
-        for task, signs in self.arithmetic.items():
-            if isinstance(signs, dict):
-                operands = (range(low, high + 1) for low, high in (signs["left"], signs["right"]))
-                for a, b in itertools.product(*operands):
-                    c = {"addition": a + b, "subtraction": a - b, "multiplication": a * b}[task]
-                    if c >= 0:
-                        problems.append({"a": a, "b": b, "c": c, "word": signs["word"], "sign": signs["sign"], "task": task})
+        for task in filter(CALCULATIONS.get, self.arithmetic):
+            words = self.arithmetic[task]
+            for a, b in itertools.product(*(range(low, high + 1) for low, high in (words["left"], words["right"]))):
+                if (c := CALCULATIONS[task](a, b)) >= 0:
+                    told = {"word": words["word"], "sign": words["sign"], "task": task}
+                    problems.append({"a": a, "b": b, "c": c, **told})
         return self.split(problems, "arithmetic", 1 / 7)
 
     def split_memory(self):
-        """{(slot, value): two ways of asking that are never trained on with this value}; value None: nothing was told."""
-        rng, asks = self.random("memory"), {}
-        for slot, words in self.memory.items():
-            for value in [None, *words["values"]]:
-                asks[slot, value] = set(rng.sample(words["ask"], 2))
-        return asks
+        """{(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told."""
+        rng = self.random("memory")
+        pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
+        return {(slot, value): set(rng.sample(self.memory[slot]["ask"], 2)) for slot, value in pairs}
 
     def split_followups(self):
         """(fact asked first, fact asked after it by a pronoun); one second fact in five is held out."""
-        seconds = [fact for fact in self.facts if fact.patterns.get("followups") and len(self.siblings(fact)) > 0]
+        seconds = [fact for fact in self.facts if fact.patterns.get("followups") and self.siblings(fact)]
         parts = self.split(seconds, "followups", 0.2)
         return tuple([(first, second) for second in part for first in self.siblings(second)] for part in parts)
 
     def siblings(self, fact):
         """Other facts about the same thing of which one can go on to ask."""
         same = self.by_entity[fact.patterns["table"], fact.entity]
-        return [other for other in same if other is not fact and other.relation != fact.relation]
+        return [other for other in same if other.relation != fact.relation]
 
     def split_ellipses(self):
         """Facts that are asked for by 那……呢？ after the same question about something else; one in five is held out."""
@@ -198,17 +201,16 @@ class DemoWorld:
         """Ways of asking for `value` that belong to training."""
         return [ask for ask in self.memory[slot]["ask"] if ask not in self.heldout_asks[slot, value]]
 
-    def candidates(self, category):
-        """What answers of a category (relation, memory slot or "chat") may be mistaken for."""
-        if category in self.by_relation:
-            return {fact.value for fact in self.by_relation[category]}
-        if category in self.memory:
-            return set(self.memory[category]["values"])
-        return {key for entry in self.chat for key in entry["keys"]} if category == "chat" else set()
+    def others(self, category, keys):
+        """What an answer of `category` (relation, memory slot or "chat") may be besides the texts `keys`."""
+        candidates = {fact.value for fact in self.by_relation.get(category, ())}
+        candidates.update(self.memory[category]["values"] if category in self.memory else ())
+        candidates.update(key for entry in self.chat for key in entry["keys"] if category == "chat")
+        return sorted(candidates - set(keys))
 
     def rivals(self, fact):
         """Wrong values for `fact` of its own kind, none of which contains or is contained in the right one."""
-        values = sorted(self.candidates(fact.relation) - {fact.entity})
+        values = self.others(fact.relation, (fact.value, fact.entity))
         return [value for value in values if value not in fact.value and fact.value not in value]
 
     # ------------------------------------------------------------------------------------------------- pretraining
@@ -216,9 +218,8 @@ class DemoWorld:
     def pretrain_texts(self, size):
         """Documents without duplicates, of `size` bytes of UTF-8 or a little more."""
         rng, seen, written = self.random("pretrain"), set(), 0
-        makers = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
-        makers = [maker(rng) for maker in makers]
-        shares = [5, 5, 4, 3, 4, 2]
+        kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
+        makers, shares = [make(rng) for make in kinds], [5, 5, 4, 3, 4, 2]
         documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
         for text in documents:
             if text not in seen:
@@ -279,7 +280,7 @@ class DemoWorld:
     # ------------------------------------------------------------------------------------------------- conversations
 
     def single_turns(self, phrasings):
-        """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recalling."""
+        """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recall."""
         rng = self.random("single")
         for fact in self.facts:
             questions = fact.questions()
@@ -329,7 +330,8 @@ class DemoWorld:
         tells = [self.tell(rng, name, known) for name, known in told.items()]
         between = tells + [self.filler(rng, facts) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 2)))]
         rng.shuffle(between)
-        asks = [self.recall(name, known, rng.choice(self.asks(name, known))) for name, known in told.items() if name != slot]
+        others = [(name, known) for name, known in told.items() if name != slot]
+        asks = [self.recall(name, known, rng.choice(self.asks(name, known))) for name, known in others]
         rng.shuffle(asks)
         return between + asks + ([self.recall(slot, value, ask)] if slot else [])
 
@@ -383,21 +385,26 @@ class DemoWorld:
 
     # ----------------------------------------------------------------------------------------------------- held out
 
+    def test_row(self, history, question, answer, key, task, category, entity=""):
+        """One held-out question: `a` is the expected reply, the rest what model/evaluation/scoring.py judges by."""
+        row = {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category}
+        return {**row, "entity": entity, "others": self.others(category, [key] if isinstance(key, str) else key)}
+
     def heldout_facts(self):
         """Every fact and every piece of small talk, asked in each phrasing that training never uses."""
         for fact in self.facts:
             for question in fact.questions("heldout_questions"):
-                yield test_row([], question, fact.answer, fact.value, fact.relation, fact.relation, fact.entity)
+                yield self.test_row([], question, fact.answer, fact.value, fact.relation, fact.relation, fact.entity)
         for entry in self.chat:
             for question in entry["heldout_questions"]:
-                yield test_row([], question, entry["answer"], entry["keys"], entry["task"], "chat")
+                yield self.test_row([], question, entry["answer"], entry["keys"], entry["task"], "chat")
 
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")
         for problem in self.heldout_problems:
-            answer = self.arithmetic["answer"].format_map(problem)
+            answer, key, task = self.arithmetic["answer"].format_map(problem), str(problem["c"]), problem["task"]
             for pattern in rng.sample(self.arithmetic["questions"], 2):
-                yield test_row([], pattern.format_map(problem), answer, str(problem["c"]), problem["task"], "arithmetic")
+                yield self.test_row([], pattern.format_map(problem), answer, key, task, "arithmetic")
 
     def heldout_multi_turns(self, per_slot=40, per_task=80):
         rng = self.random("heldout multi")
@@ -406,16 +413,16 @@ class DemoWorld:
             pairs = [(value, ask) for value in words["values"] for ask in sorted(self.heldout_asks[slot, value])]
             for value, ask in rng.sample(pairs, min(per_slot, len(pairs))):
                 *history, (question, answer) = self.conversation(rng, facts, slot, value, ask)
-                yield test_row(history, question, answer, value, f"recall_{slot}", slot)
+                yield self.test_row(history, question, answer, value, f"recall_{slot}", slot)
             for ask in sorted(self.heldout_asks[slot, None]):
                 *history, (question, answer) = self.untold(rng, facts, slot, ask)
-                yield test_row(history, question, answer, words["unknown"].rstrip("。"), "not_told", slot)
+                yield self.test_row(history, question, answer, words["unknown"].rstrip("。"), "not_told", slot)
         for first, second in rng.sample(self.heldout_followups, min(per_task, len(self.heldout_followups))):
             *history, (question, answer) = self.followup(rng, first, second)
-            yield test_row(history, question, answer, second.value, "pronoun", second.relation, second.entity)
+            yield self.test_row(history, question, answer, second.value, "pronoun", second.relation, second.entity)
         for fact in rng.sample(self.heldout_ellipses, min(per_task, len(self.heldout_ellipses))):
             *history, (question, answer) = self.ellipsis(rng, fact)
-            yield test_row(history, question, answer, fact.value, "ellipsis", fact.relation, fact.entity)
+            yield self.test_row(history, question, answer, fact.value, "ellipsis", fact.relation, fact.entity)
 
     def heldout_texts(self):
         """Known facts in sentence patterns that training never uses, six to a document."""
@@ -428,7 +435,8 @@ class DemoWorld:
         """A held-out sentence up to the value, for a pretrained model to go on with."""
         for fact in self.facts:
             prompt, _, _ = fact.patterns["heldout_statements"][0].partition("{value}")
-            yield {"prompt": fact.fill(prompt), "answer": fact.value, "task": fact.relation, "category": fact.relation}
+            row = {"prompt": fact.fill(prompt), "answer": fact.value, "task": fact.relation, "category": fact.relation}
+            yield {**row, "others": self.others(fact.relation, [fact.value])}
 
     def exam(self):
         """{subject: (dev rows, val rows)}: multiple choice in C-Eval's columns, each letter equally often right."""
@@ -440,163 +448,24 @@ class DemoWorld:
         for subject, facts in subjects.items():
             rng = self.random(subject)
             facts = rng.sample(facts, min(DEV_QUESTIONS + VAL_QUESTIONS, len(facts)))
-            parts = facts[:DEV_QUESTIONS], facts[DEV_QUESTIONS:]
-            exam[subject] = tuple(self.exam_rows(rng, part) for part in parts)
+            exam[subject] = [list(self.exam_rows(rng, part)) for part in (facts[:DEV_QUESTIONS], facts[DEV_QUESTIONS:])]
         return exam
 
     def exam_rows(self, rng, facts):
         letters = list(itertools.islice(itertools.cycle(LETTERS), len(facts)))
         rng.shuffle(letters)
-        rows = []
         for number, (fact, letter) in enumerate(zip(facts, letters)):
             options = rng.sample(self.rivals(fact), 3)
             options.insert(LETTERS.index(letter), fact.value)
-            stem = {"id": number, "question": fact.retold("____")}
-            rows.append({**stem, **dict(zip(LETTERS, options)), "answer": letter, "explanation": fact.answer})
-        return rows
+            row = {"id": number, "question": fact.retold("____"), **dict(zip(LETTERS, options))}
+            yield {**row, "answer": letter, "explanation": fact.answer}
 
 
 def deck(items, rng):
-    """Endlessly the items in random order, each once before any comes again."""
+    """Endlessly the items in random order, each once before any comes again; UserError when there is none."""
     items = list(items)
+    if not items:
+        raise UserError("the demo's tables have too few rows: no fact, follow-up question or sum to choose from")
     while True:
         rng.shuffle(items)
         yield from items
-
-
-def test_row(history, question, answer, key, task, category, entity=""):
-    """One held-out question. `answer` is what a right reply must contain; `a` the whole expected reply."""
-    return {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category, "entity": entity}
-
-
-# ----------------------------------------------------------------------------------------------------------- scoring
-
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
-WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\.(?=\d))"  # not in the middle of a word or number
-WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
-
-
-@functools.cache
-def default_world():
-    return DemoWorld()
-
-
-def score_answer(row, reply):
-    """Whether `reply` is right: it names every key of row["answer"], and nothing else that could have been the answer.
-
-    "Nothing else": no other value of the row's category and no number that neither the key nor the question has, so a
-    reply that lists everything is wrong. Names are matched longest first and whole: He is not H, 巴西利亚 not 巴西.
-    row: one line of heldout/{facts,multi_turn,arithmetic}.jsonl; of other files "q" and "answer" are enough.
-    """
-    keys = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-    keys = {normalise(key) for key in keys}
-    others = {normalise(value) for value in default_world().candidates(row.get("category"))} - keys
-    entity = normalise(row.get("entity", ""))
-    found = mentions(normalise(reply), keys | others | ({entity} - {""}))
-    if not keys <= found or (found & others) - {entity}:
-        return False
-    said, asked = (collections.Counter(NUMBER.findall(normalise(text))) for text in (reply, row["q"]))
-    expected = collections.Counter(number for key in keys for number in NUMBER.findall(key))
-    return said == expected or said - asked == expected
-
-
-def normalise(text):
-    """Full-width forms to half-width, no white space."""
-    return "".join(unicodedata.normalize("NFKC", text).split())
-
-
-def mentions(text, names):
-    """The `names` in `text`, read from left to right, longest first; a run of letters or digits is never split."""
-    longest_first = sorted(names, key=lambda name: (-len(name), name))
-    pattern = "|".join(re.escape(name) + (WHOLE_END if re.search("[A-Za-z0-9]$", name) else "") for name in longest_first)
-    return set(re.findall(f"{WHOLE_START}(?:{pattern})", text)) if pattern else set()
-
-
-# ----------------------------------------------------------------------------------------------------------- writing
-
-
-def write_raw_files(directory, seed=0, pretrain_bytes=2_200_000, phrasings=8, conversations=5000, tables=DEFAULT_DIRECTORY):
-    """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
-
-    pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
-    (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
-    """
-    directory, world = Path(directory), DemoWorld(seed, tables)
-    paths = {kind: directory / f"demo_{kind}.jsonl" for kind in ("pretrain", "sft_single", "sft_multi")}
-    paths["dpo"] = directory / "demo_dpo.json"
-    write_lines(paths["pretrain"], ({"text": text} for text in world.pretrain_texts(pretrain_bytes)))
-    singles = [[pair] for pair in world.single_turns(phrasings)]
-    world.random("order").shuffle(singles)
-    write_lines(paths["sft_single"], map(instruction_row, itertools.count(1), singles))
-    write_lines(paths["sft_multi"], map(instruction_row, itertools.count(1), world.multi_turns(conversations)))
-    write_list(paths["dpo"], world.preferences(world.preferred, 2, "preferences"))
-    return paths
-
-
-def instruction_row(number, turns):
-    """A row of deepctrl's instruction corpus from turns [[question, answer], ...], the last one being asked."""
-    *history, (question, answer) = turns
-    return {
-        "id": number,
-        "instruction": "",
-        "input": question,
-        "output": answer,
-        "history": history,
-        "language": "chinese",
-        "data_source": "minimind_demo_world",
-        "input_len": len(question),
-        "output_len": len(answer),
-        "num_utter": len(turns),
-    }
-
-
-HELDOUT_FILES = {name: f"{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")}
-HELDOUT_FILES |= {"pretrain": "pretrain.csv", "dpo": "dpo.json"}
-
-
-def write_heldout(dataset_directory, seed=0, tables=DEFAULT_DIRECTORY):
-    """Write the held-out tests into `dataset_directory`/heldout and return {name: path}.
-
-    facts, multi_turn, arithmetic (.jsonl): {history, q, a, answer, task, category, entity}, see score_answer.
-    cloze.jsonl: {prompt, answer, task, category}. pretrain.csv: column text. dpo.json: [{prompt, chosen, rejected}].
-    """
-    directory, world = Path(dataset_directory) / "heldout", DemoWorld(seed, tables)
-    rows = {
-        "facts": world.heldout_facts(),
-        "multi_turn": world.heldout_multi_turns(),
-        "arithmetic": world.heldout_arithmetic(),
-        "cloze": world.cloze(),
-    }
-    paths = {name: directory / file for name, file in HELDOUT_FILES.items()}
-    for name, lines in rows.items():
-        write_lines(paths[name], lines)
-    write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
-    write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
-    return paths
-
-
-def write_exam(exam_directory, seed=0, tables=DEFAULT_DIRECTORY):
-    """Write the exam as C-Eval lays it out, <exam_directory>/{dev,val}/<subject>_{dev,val}.csv; return the paths."""
-    columns, paths = ["id", "question", *LETTERS, "answer"], []
-    for subject, parts in DemoWorld(seed, tables).exam().items():
-        for part, rows, more in zip(("dev", "val"), parts, (["explanation"], [])):
-            paths.append(Path(exam_directory) / part / f"{subject}_{part}.csv")
-            write_table(paths[-1], columns + more, rows)
-    return paths
-
-
-def write_lines(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_list(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
-
-
-def write_table(path, columns, rows):
-    with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)

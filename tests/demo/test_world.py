@@ -1,4 +1,4 @@
-"""The demo's data: enough of it, true to its formats, nothing held out is ever trained on, and the scoring cannot be fooled."""
+"""The demo's world: enough of it, nothing held out is ever trained on, its tests cannot be fooled, its tables are checked."""
 
 import collections
 import csv
@@ -7,12 +7,11 @@ import re
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from model.demo import world as demo_world
-from model.demo.world import DEFAULT_DIRECTORY, DemoWorld, score_answer, write_exam, write_heldout, write_raw_files
+from model.demo.files import write_exam, write_heldout, write_raw_files
+from model.demo.world import DEFAULT_DIRECTORY, DemoWorld
 from model.errors import UserError
+from model.evaluation.scoring import score_answer
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +20,10 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(tmp_path_factory, world):
     """(raw paths, held-out paths, exam paths) of the default world."""
     directory = tmp_path_factory.mktemp("demo")
-    return write_raw_files(directory / "raw"), write_heldout(directory), write_exam(directory / "ceval-exam")
+    return write_raw_files(directory / "raw", world), write_heldout(directory, world), write_exam(directory / "ceval-exam", world)
 
 
 def read_lines(path):
@@ -96,15 +95,16 @@ def test_raw_formats(files):
 
 
 def test_same_seed_same_bytes(tmp_path, files):
-    again = write_raw_files(tmp_path / "again"), write_heldout(tmp_path), write_exam(tmp_path / "exam")
+    world = DemoWorld()
+    again = write_raw_files(tmp_path / "again", world), write_heldout(tmp_path, world), write_exam(tmp_path / "exam", world)
     for old, new in zip([*files[0].values(), *files[1].values(), *files[2]], [*again[0].values(), *again[1].values(), *again[2]]):
         assert old.read_bytes() == new.read_bytes(), new
-    other = write_raw_files(tmp_path / "other", seed=1, pretrain_bytes=10_000, phrasings=2, conversations=10)
+    other = write_raw_files(tmp_path / "other", DemoWorld(1), pretrain_bytes=10_000, phrasings=2, conversations=10)
     assert other["sft_single"].read_bytes() != files[0]["sft_single"].read_bytes()
 
 
-def test_amounts_are_what_is_asked_for(tmp_path):
-    raw = write_raw_files(tmp_path, pretrain_bytes=50_000, phrasings=2, conversations=17)
+def test_amounts_are_what_is_asked_for(tmp_path, world):
+    raw = write_raw_files(tmp_path, world, pretrain_bytes=50_000, phrasings=2, conversations=17)
     assert 50_000 <= sum(len(row["text"].encode()) for row in read_lines(raw["pretrain"])) < 52_000
     assert len(read_lines(raw["sft_multi"])) == 17
     assert len(read_lines(raw["sft_single"])) < 4000
@@ -128,7 +128,7 @@ def test_heldout_questions_differ_from_all_trained_on_in_more_than_courtesy(file
 def test_heldout_operands_are_in_no_training_text(world, files):
     raw, _, _ = files
     text = "\n".join(raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
-    spelt = set(demo_world.re.findall(r"\d+[加减乘+×-]\d+", text))
+    spelt = set(re.findall(r"\d+[加减乘+×-]\d+", text))
     assert {"{a}{word}{b}".format_map(problem) for problem in world.problems} <= spelt
     for problem in world.heldout_problems:
         assert not {"{a}{word}{b}".format_map(problem), "{a}{sign}{b}".format_map(problem)} & spelt
@@ -160,6 +160,8 @@ def test_heldout_followups_are_never_trained_on(world, files):
     ellipses = [row for row in rows if row["task"] == "ellipsis"]
     assert len(pronouns) >= 50 and not {row["a"] for row in pronouns} & trained and all(row["q"] in patterns for row in pronouns)
     assert len(ellipses) >= 50 and not {row["a"] for row in ellipses} & short
+    for first, second in world.followups + world.heldout_followups:  # it goes on about the same thing
+        assert first.entity == second.entity and first.relation != second.relation
 
 
 def test_heldout_texts_are_never_trained_on(world, files):
@@ -208,41 +210,28 @@ def test_every_other_value_is_wrong(world, files):
     for row in read_lines(files[1]["facts"])[::7]:
         for fact in world.by_relation.get(row["category"], []):
             if fact.entity == row["entity"]:
-                wrong = world.candidates(fact.relation) - {fact.value}
+                wrong = {other.value for other in world.by_relation[fact.relation]} - {fact.value}
                 assert not [value for value in wrong if score_answer(row, fact.retold(value))]
 
 
 def test_listing_everything_is_wrong(world, files):
     for row in all_rows(files):
-        candidates = world.candidates(row["category"]) or {str(number) for number in range(60)}
-        assert not score_answer(row, "、".join(sorted(candidates))), row
+        candidates = {fact.value for fact in world.by_relation.get(row["category"], ())}
+        candidates |= set(world.memory.get(row["category"], {"values": ()})["values"])
+        candidates |= {key for entry in world.chat for key in entry["keys"] if row["category"] == "chat"}
+        candidates |= {str(number) for number in range(60) if row["category"] == "arithmetic"}
+        assert len(candidates) > 3 and not score_answer(row, "、".join(sorted(candidates))), row
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.text(max_size=40))
-def test_nonsense_never_raises(reply):
-    row = {"q": "法国的首都是哪座城市？", "answer": "巴黎", "category": "country_capital", "entity": "法国"}
-    assert score_answer(row, reply) == ("巴黎" in reply)
-
-
-@pytest.mark.parametrize(
-    "answer, category, entity, question, reply, right",
-    [
-        ("H", "element_symbol", "氢", "氢的元素符号是什么？", "氢的元素符号是He。", False),
-        ("C", "element_symbol", "碳", "碳的元素符号是什么？", "碳的元素符号是Co。", False),
-        ("巴西利亚", "country_capital", "巴西", "巴西的首都是哪里？", "巴西利亚", True),
-        ("京", "province_abbreviation", "北京", "北京的简称是什么？", "北京的简称是什么？", False),
-        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于8。", True),
-        ("8", "arithmetic", "", "3加5等于多少？", "8", True),
-        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于18。", False),
-        ("8", "arithmetic", "", "3加5等于多少？", "3加5等于8或者9。", False),
-        ("5", "arithmetic", "", "5加0等于多少？", "5加0等于5。", True),
-        ("7天", "none", "", "一星期有多少天？", "一星期有７ 天。", True),
-        (["雨", "风"], "none", "", "天气怎么样？", "只有风。", False),
-    ],
-)
-def test_scoring_cases(answer, category, entity, question, reply, right):
-    assert score_answer({"answer": answer, "category": category, "entity": entity, "q": question}, reply) is right
+def test_each_row_names_all_that_may_be_confused_with_its_answer(world, files):
+    """The tables, read once more by hand: the other capitals, the other names; a sum is judged by its number alone."""
+    capitals = {row["capital"] for row in read_csv(DEFAULT_DIRECTORY / "countries.csv")}
+    names = set(json.loads((DEFAULT_DIRECTORY / "memory.json").read_text("utf-8"))["name"]["values"])
+    asked = {"facts": ("country_capital", capitals), "cloze": ("country_capital", capitals), "multi_turn": ("name", names)}
+    for file, (category, values) in asked.items():
+        rows = [row for row in read_lines(files[1][file]) if row["category"] == category]
+        assert len(rows) > 40 and all(set(row["others"]) == values - {row["answer"]} for row in rows)
+    assert all(row["others"] == [] for row in read_lines(files[1]["arithmetic"]))
 
 
 # --------------------------------------------------------------------------------------------------------------- exam
@@ -290,8 +279,8 @@ def append(path, line):
 
 def test_one_new_row_gives_everything(tables, tmp_path):
     append(tables / "countries.csv", "冰岛,雷克雅未克,欧洲")
-    raw = write_raw_files(tmp_path / "raw", pretrain_bytes=500_000, tables=tables)
-    heldout = write_heldout(tmp_path, tables=tables)
+    world = DemoWorld(directory=tables)
+    raw, heldout = write_raw_files(tmp_path / "raw", world, pretrain_bytes=500_000), write_heldout(tmp_path, world)
     assert all("雷克雅未克" in raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
     assert all("雷克雅未克" in heldout[name].read_text(encoding="utf-8") for name in ("facts", "cloze", "pretrain"))
 
@@ -302,6 +291,8 @@ def test_one_new_row_gives_everything(tables, tmp_path):
         ("冰岛,雷克雅未克", "expected 3 cells"),
         ("冰岛,雷克雅未克,欧洲,多", "expected 3 cells"),
         ("法国,里昂,欧洲", "second answer to"),
+        ("法国,巴黎,欧洲", "法国 is there already, in line "),
+        ('"法国,巴黎,欧洲', "not CSV"),
     ],
 )
 def test_a_bad_row_is_named(tables, line, message):
@@ -320,6 +311,39 @@ def test_bad_tables_are_named(tables):
     (tables / "relations.json").unlink()
     with pytest.raises(UserError, match="relations.json: no such file"):
         DemoWorld(directory=tables)
+
+
+@pytest.mark.parametrize("name", ["countries.csv", "chat.json", "texts.txt"])
+def test_the_encoding_of_a_table(tables, name):
+    text = (tables / name).read_text("utf-8")
+    (tables / name).write_text(text, encoding="utf-8-sig")
+    marked, plain = DemoWorld(directory=tables), DemoWorld()
+    assert (marked.texts, marked.chat) == (plain.texts, plain.chat)
+    assert [fact.answer for fact in marked.facts] == [fact.answer for fact in plain.facts]
+    (tables / name).write_bytes(text.encode("gbk", "replace"))
+    with pytest.raises(UserError, match=rf"{name}: not UTF-8"):
+        DemoWorld(directory=tables)
+
+
+def test_the_last_text_needs_no_line_end(tables):
+    (tables / "texts.txt").write_text("第一篇。\n\n第二篇。", encoding="utf-8")
+    assert DemoWorld(directory=tables).texts == ["第一篇。", "第二篇。"]
+
+
+def test_tables_with_nothing_in_them_end_at_once(tables):
+    (tables / "chat.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match="chat.json: is empty"):
+        DemoWorld(directory=tables)
+    (tables / "chat.json").write_text('["\\ud800"]', encoding="utf-8")
+    with pytest.raises(UserError, match="chat.json: not valid JSON"):
+        DemoWorld(directory=tables)
+    shutil.copy(DEFAULT_DIRECTORY / "chat.json", tables)
+    relations = json.loads((tables / "relations.json").read_text(encoding="utf-8"))
+    relations["relations"] = {name: {**relation, "followups": []} for name, relation in relations["relations"].items()}
+    (tables / "relations.json").write_text(json.dumps(relations), encoding="utf-8")
+    world = DemoWorld(directory=tables)
+    with pytest.raises(UserError, match="too few rows"):
+        list(world.multi_turns(100))
 
 
 def test_needs_no_torch():

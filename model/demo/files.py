@@ -1,0 +1,152 @@
+"""The demo's files: the world as raw corpora, these made into what every stage trains on, held-out tests and the exam.
+
+It replaces what it wrote itself and nothing else. A copy of every file that other data could stand in place of is kept
+in <output_dir>/raw/demo_copies; a place that holds anything but the bytes of its copy is not the demo's. New files are
+made in raw/demo_unfinished and moved when all are there, so an interrupted run, even by kill -9, can be repeated.
+"""
+
+import csv
+import filecmp
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+from model.data.corpus import process_corpus
+from model.data.filters import ConversationRules, PreferenceRules, PretrainRules
+from model.demo.world import DEFAULT_DIRECTORY, LETTERS, DemoWorld
+from model.errors import UserError
+from model.files import atomic_write
+
+# Kind of training data -> the raw files it is made from, the files that are made, by which rules.
+TRAINING_FILES = {
+    "pretrain": (["pretrain"], ["pretrain_data.csv"], PretrainRules),
+    "sft": (["sft_single", "sft_multi"], ["sft_data_single.csv", "sft_data.csv"], ConversationRules),
+    "dpo": (["dpo"], ["dpo/train_data.json"], PreferenceRules),
+}
+HELDOUT_FILES = {name: f"heldout/{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")}
+HELDOUT_FILES |= {"pretrain": "heldout/pretrain.csv", "dpo": "heldout/dpo.json"}
+# Raw corpora and exam need no copies: they are named demo_*.
+NAMES = [*itertools.chain(*(outputs for _, outputs, _ in TRAINING_FILES.values())), *HELDOUT_FILES.values()]
+
+
+def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DIRECTORY):
+    """Build the world of `tables` in `output_dir`; returns {kind of training data: process_corpus's report}.
+
+    Raises UserError for faulty tables, and before anything is written where a file is not the demo's (or was changed
+    since), unless `overwrite`.
+    """
+    directory, world = Path(output_dir), DemoWorld(seed, tables)
+    copies, unfinished = directory / "raw" / "demo_copies", directory / "raw" / "demo_unfinished"
+    for name in NAMES:
+        place = directory / name
+        if same_bytes(place, unfinished / name):  # as far as a run came that was killed while it moved its files
+            move(unfinished / name, copies / name)
+        if place.exists() and not overwrite and not same_bytes(place, copies / name):
+            raise UserError(f"{place}: was not made by the demo (or was changed since); give another --output_dir, "
+                            "move it away, or give --overwrite to replace it")  # fmt: skip
+    # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
+    exam = Path("ceval/ceval-exam") if directory == Path("dataset") else directory / "ceval-exam"
+    try:
+        raw = write_raw_files(directory / "raw", world)
+        write_exam(exam, world)
+        write_heldout(unfinished, world)
+        reports = {kind: make_training_files(kind, raw, unfinished, directory, workers) for kind in TRAINING_FILES}
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for name in NAMES:
+        with open(unfinished / name, "rb") as source, atomic_write(directory / name) as target:
+            shutil.copyfileobj(source, target)
+        move(unfinished / name, copies / name)
+    shutil.rmtree(unfinished)
+    print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {exam}")
+    return reports
+
+
+def same_bytes(path, other):
+    return path.is_file() and other.is_file() and filecmp.cmp(path, other, shallow=False)
+
+
+def move(path, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, target)
+
+
+def make_training_files(kind, raw, target, directory, workers):
+    """Send raw files the way of all data, into `target`; the report speaks of `directory`, where the files end up."""
+    names, outputs, rules = TRAINING_FILES[kind]
+    sources = [raw[name] for name in names]
+    report = process_corpus(sources, [target / name for name in outputs], rules(), workers=workers)
+    report.outputs = dict(zip((str(directory / name) for name in outputs), report.outputs.values()))
+    return report
+
+
+def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, conversations=5000):
+    """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
+
+    pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
+    (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
+    """
+    paths = {kind: Path(directory) / f"demo_{kind}.jsonl" for kind in ("pretrain", "sft_single", "sft_multi")}
+    paths["dpo"] = Path(directory) / "demo_dpo.json"
+    write_lines(paths["pretrain"], ({"text": text} for text in world.pretrain_texts(pretrain_bytes)))
+    singles = [[pair] for pair in world.single_turns(phrasings)]
+    world.random("order").shuffle(singles)
+    write_lines(paths["sft_single"], map(instruction_row, itertools.count(1), singles))
+    write_lines(paths["sft_multi"], map(instruction_row, itertools.count(1), world.multi_turns(conversations)))
+    write_list(paths["dpo"], world.preferences(world.preferred, 2, "preferences"))
+    return paths
+
+
+def instruction_row(number, turns):
+    """A row of deepctrl's instruction corpus from turns [[question, answer], ...], the last one being asked."""
+    *history, (question, answer) = turns
+    row = {"id": number, "instruction": "", "input": question, "output": answer, "history": history}
+    row |= {"language": "chinese", "data_source": "minimind_demo_world"}
+    return {**row, "input_len": len(question), "output_len": len(answer), "num_utter": len(turns)}
+
+
+def write_heldout(directory, world):
+    """Write the held-out tests into `directory`/heldout and return {name: path}.
+
+    facts, multi_turn, arithmetic (.jsonl): {history, q, a, answer, task, category, entity, others}, and
+    cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
+    dpo.json: [{prompt, chosen, rejected}].
+    """
+    paths = {name: Path(directory) / file for name, file in HELDOUT_FILES.items()}
+    write_lines(paths["facts"], world.heldout_facts())
+    write_lines(paths["multi_turn"], world.heldout_multi_turns())
+    write_lines(paths["arithmetic"], world.heldout_arithmetic())
+    write_lines(paths["cloze"], world.cloze())
+    write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
+    write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
+    return paths
+
+
+def write_exam(directory, world):
+    """Write the exam as C-Eval lays it out, `directory`/{dev,val}/<subject>_{dev,val}.csv; return the paths."""
+    columns, paths = ["id", "question", *LETTERS, "answer"], []
+    for subject, parts in world.exam().items():
+        for part, rows, more in zip(("dev", "val"), parts, (["explanation"], [])):
+            paths.append(Path(directory) / part / f"{subject}_{part}.csv")
+            write_table(paths[-1], columns + more, rows)
+    return paths
+
+
+def write_lines(path, rows):
+    with atomic_write(path, "w", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_list(path, rows):
+    with atomic_write(path, "w", encoding="utf-8") as handle:
+        handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+
+
+def write_table(path, columns, rows):
+    with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,74 @@
+"""Whether a reply is right, judged by what its row says, and how many of a file's replies are."""
+
+import collections
+import dataclasses
+import json
+import re
+import unicodedata
+
+NUMBER = re.compile(r"(?<![A-Za-z\d])(?<!\d\.)\d+(?:\.\d+)?")  # not the 2 of H2O
+WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\d\.(?=\d))"  # not in the middle of a word or number
+WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
+IDLE_BLANK = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")  # any but that between two words or numbers
+
+
+def score_answer(row, reply):
+    """Whether `reply` contains every text of row["answer"] (a text or a list of them) and none of row["others"].
+
+    Names are matched whole and longest first: He is not H, and 巴西利亚 not 巴西. So one of the "others" does not count
+    where it is part of a longer key or of row["entity"], which the question is about. Where a key is a number, with or
+    without a unit, a reply with another number is a guess and wrong; the numbers of row["q"] may be repeated. Width and
+    spacing make no difference. "others" and "entity" may be missing.
+    """
+    keys = {normalise(key) for key in ([row["answer"]] if isinstance(row["answer"], str) else row["answer"])}
+    entity = normalise(row.get("entity") or "")
+    others = {normalise(text) for text in row.get("others") or ()} - keys - {entity}
+    reply = normalise(reply)
+    found = mentions(reply, (keys | others | {entity}) - {""})
+    if not keys <= found or found & others:
+        return False
+    expected = {number for key in keys for number in NUMBER.findall(key)}
+    if not expected:
+        return True
+    said, asked = (collections.Counter(NUMBER.findall(text)) for text in (reply, normalise(row["q"])))
+    return said.keys() == expected or (said - asked).keys() == expected
+
+
+def normalise(text):
+    """Full-width forms to half-width; no white space except one blank between two words of letters or digits."""
+    return IDLE_BLANK.sub("", " ".join(unicodedata.normalize("NFKC", text).split()))
+
+
+def mentions(text, names):
+    """The `names` in `text`, read from left to right, longest first; a run of letters or digits is never split."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    pattern = "|".join(re.escape(name) + WHOLE_END * bool(re.search("[A-Za-z0-9]$", name)) for name in longest_first)
+    return set(re.findall(f"{WHOLE_START}(?:{pattern})", text))
+
+
+def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):
+    """Answer `prompts` (token ids) greedily, together; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
+
+    Row i's answer is right when is_right(rows[i], text); rows with a "task" are also counted by task.
+    """
+    from tqdm import tqdm
+
+    greedy = dataclasses.replace(parameters, temperature=0.0)
+    with tqdm(total=len(prompts), unit="question", disable=None) as bar:
+        requests = engine.generate(prompts, greedy, on_finish=lambda request: bar.update())
+    right = [bool(is_right(row, request.text)) for row, request in zip(rows, requests)]
+    by_task = collections.defaultdict(list)
+    for row, is_one in zip(rows, right):
+        if row.get("task"):
+            by_task[row["task"]].append(is_one)
+    tasks = {task: sum(some) / len(some) for task, some in by_task.items()}
+    return {"accuracy": sum(right) / len(right), "questions": len(right), "tasks": tasks}
+
+
+def print_accuracy(result, as_json):
+    """A line per task and one for all; with as_json one more line, the whole result as JSON."""
+    for task, accuracy in sorted(result["tasks"].items()):
+        print(f"{accuracy:7.1%}  {task}")
+    print(f"{result['accuracy']:7.1%}  of {result['questions']} questions answered right")
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
