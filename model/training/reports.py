@@ -1,6 +1,7 @@
 """What a training run reports: lines on the terminal, a .jsonl file, Weights & Biases on request; and what they say."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -14,33 +15,15 @@ from model.device import select_dtype
 from model.errors import UserError, warn
 from model.files import atomic_write
 
-# Dense 16-bit tensor-core peaks in FLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
+# Dense 16-bit tensor-core peaks in TFLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
 # matches whole words of a device's name counts. "$" leaves out the Ti, SUPER, D and Laptop cards.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "A40": 149.7e12,
-    "A6000": 154.8e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 5090$": 209.5e12,
-    "RTX 4090$": 165.2e12,
-    "RTX 4080$": 97.5e12,
-    "RTX 3090$": 71e12,
-    "RTX 3080$": 59.5e12,
+# fmt: off
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "GH200": 989, "B200": 2250, "A100": 312,
+    "A800": 312, "A10G": 70, "A10": 125, "A40": 149.7, "A6000": 154.8, "L40S": 362, "L40": 181, "L4": 121, "V100": 125,
+    "T4": 65, "RTX 5090$": 209.5, "RTX 4090$": 165.2, "RTX 4080$": 97.5, "RTX 3090$": 71, "RTX 3080$": 59.5,
 }
+# fmt: on
 NO_BFLOAT16 = ("V100", "T4")  # their peak is float16's
 
 
@@ -147,15 +130,10 @@ def step_line(record, total_steps):
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"
     if "seconds_left" in record:
-        text += f"  left {duration(record['seconds_left'])}"
+        text += f"  left {datetime.timedelta(seconds=int(record['seconds_left']))}"
     if "expert_load" in record:
         text += "  experts " + " ".join(f"{share:.0%}" for share in record["expert_load"])
     return text
-
-
-def duration(seconds):
-    """1:02:03 for 3723 seconds."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 def describe_model(model, dtype):
@@ -191,7 +169,7 @@ def peak_flops(device, dtype):
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
-    key = next((key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)), None)
+    key = next((key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)), None)
     if key is None or " MIG " in name or (key in NO_BFLOAT16 and dtype != torch.float16):
         return None
-    return PEAK_FLOPS[key]
+    return PEAK_TFLOPS[key] * 1e12

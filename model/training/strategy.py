@@ -27,7 +27,12 @@ class DataParallel:
         self.model, self.optimizers = model, build_optimizers(model, settings)
         if device.type == "cpu":
             cpu_kernels.install(model, dtype)
-        self.runner = wrap(model, device)
+        self.runner = model
+        if ranks.world_size() > 1:
+            # An expert that no token chose has no gradient; without find_unused_parameters DDP would wait for it.
+            device_ids = [device.index] if device.type == "cuda" else None
+            unused = model.config.use_moe
+            self.runner = nn.parallel.DistributedDataParallel(model, device_ids, find_unused_parameters=unused)
         if settings.compile:
             check_compiler(device)
             self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
@@ -91,13 +96,3 @@ class DataParallel:
     def close(self):
         """Let go of what must not outlive the process group."""
         self.runner = None
-
-
-def wrap(model, device):
-    """`model` under DistributedDataParallel; the model itself when there is one rank."""
-    if ranks.world_size() == 1:
-        return model
-    # An expert that no token chose has no gradient; without this DDP would wait for it for ever.
-    unused = bool(getattr(model.config, "use_moe", False))
-    device_ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=unused)
