@@ -117,6 +117,9 @@ def test_shares_are_fair_and_spread_over_the_file(tmp_path):
     rows = sorted(map(int, sample + held_out))
     assert 150 < len(rows) <= 200
     assert rows[0] < 100 and 850 < rows[len(rows) // 2] < 1150 and rows[-1] > 1700
+    path = write_jsonl(tmp_path / "long.jsonl", [{"text": "长" * 100}])
+    sample, held_out = sample_documents([path], None, {str(path): 100}, {str(path): 99}, seed=0)
+    assert sample + held_out == ["长" * 99]
 
 
 def test_groups_by_field_can_be_left_out(tmp_path):

@@ -1,10 +1,12 @@
 """Digests form a set, whatever the batches; near duplicates share a band where the threshold says so."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.deduplication import DigestSet, band_shape, minhash_bands
+from model.data.deduplication import DigestSet, DuplicateFilter, band_shape, minhash_bands
 
 
 @settings(deadline=None, max_examples=100)
@@ -36,3 +38,16 @@ def test_minhash_bands_meet_the_threshold_and_take_texts_of_any_length():
     bands = minhash_bands(["你".encode(), "你是谁".encode(), "你".encode(), b"abcdefgh"], 11, 11)
     assert (bands[0] == bands[2]).all() and not set(bands[0].tolist()) & {*bands[1].tolist(), *bands[3].tolist()}
     assert minhash_bands([], 11, 11).shape == (0, 11)
+
+
+def test_a_shared_band_is_a_near_duplicate_in_the_same_block_and_in_later_ones():
+    duplicates, dropped = DuplicateFilter(exact=True, near=True), {"duplicate": 0, "near_duplicate": 0}
+
+    def keep(digests, bands):
+        block = SimpleNamespace(ends=digests, digests=np.array(digests, np.uint64), bands=np.array(bands, np.uint64))
+        return duplicates.keep(block, dropped).tolist()
+
+    assert keep([1, 2, 3, 1], [[11, 12], [13, 12], [14, 15], [16, 17]]) == [True, False, True, False]
+    # The documents that were dropped leave no band behind.
+    assert keep([4, 5, 6], [[19, 14], [13, 18], [16, 17]]) == [False, True, True]
+    assert dropped == {"duplicate": 1, "near_duplicate": 2}
