@@ -110,6 +110,16 @@ def test_every_python_command_runs(copy):
             json.loads(process.stdout.splitlines()[-1])
 
 
+def test_the_notebook_example_runs_and_is_the_same_in_both(copy):
+    (chinese,), (english,) = (
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S) for name in ("README.md", "README_en.md")
+    )
+    assert chinese == english and "max_steps=100" in chinese
+    program = chinese.replace("max_steps=100", "max_steps=2")
+    process = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
+    assert process.returncode == 0 and (copy / "out/pretrain_192.pth").exists(), process.stderr[-2000:]
+
+
 def test_links_and_pictures_exist():
     for name in ("README.md", "README_en.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
