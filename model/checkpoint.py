@@ -108,15 +108,11 @@ def read_tensors(path):
 
 
 def read_weights(path):
-    """The state dict in `path` under today's names: prefixes of torch.compile and DDP and old buffers removed."""
+    """The state dict in `path` under today's names: `_orig_mod.` and `module.`, prefixes of torch.compile and DDP, go;
+    the tied output matrix may be left out of a file."""
     state = read_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors), so it is not a MiniMind checkpoint")
-    return clean_names(state, path)
-
-
-def clean_names(state, path):
-    """Drop `_orig_mod.` and `module.` prefixes and v1's buffers; the tied output matrix may be left out of a file."""
     named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
     embeddings = named.get("tok_embeddings.weight")
     if embeddings is None or embeddings.dim() != 2:
@@ -194,16 +190,16 @@ def shape_fields(state, buffers, overrides, path):
 
 def load_weights(model, state, path):
     """Copy `state` into `model`, every tensor by name and shape; UserError names the first that does not fit."""
-    expected = model.state_dict()
-    for name, tensor in state.items():
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in (*found, *expected):
         if name not in expected:
-            raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} has no place in a model of this shape")
-        if tensor.shape != expected[name].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            raise UserError(f"{path}: {name} is {found} in the file but {wanted} in the model; check --preset, --dim")
-    for name, tensor in expected.items():
-        if name not in state:
-            raise UserError(f"{path}: tensor {name} {tuple(tensor.shape)} is missing; check --preset and --n_layers")
+            raise UserError(f"{path}: tensor {name} {found[name]} has no place in a model of this shape")
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} {expected[name]} is missing; check --preset and --n_layers")
+        if found[name] != expected[name]:
+            shapes = f"{found[name]} in the file but {expected[name]} in the model"
+            raise UserError(f"{path}: {name} is {shapes}; check --preset, --dim")
     model.load_state_dict(state, strict=True)
 
 

@@ -95,20 +95,15 @@ class Trainer:
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.total_steps = self.count_steps()
         self.warmup_steps = min(100, self.total_steps // 20) if settings.warmup_iters is None else settings.warmup_iters
-        self.trajectory = resume.trajectory(
-            settings, model.config, self.device, self.dtype, train.fingerprint, self.tokenizer_hash, self.total_steps,
-            self.warmup_steps, identity or {},
-        )  # fmt: skip
+        self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
         self.stop, self.state = resume.StopRequest(), RunState()
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
-        sampler = ResumableSampler(
-            len(dataset), self.settings.batch_size, seed=self.settings.seed, rank=ranks.rank(),
-            world_size=ranks.world_size(), lengths=dataset.lengths,
-        )  # fmt: skip
+        size, seed = self.settings.batch_size, self.settings.seed
+        sampler = ResumableSampler(len(dataset), size, seed, ranks.rank(), ranks.world_size(), dataset.lengths)
         return BatchLoader(dataset, sampler, self.settings.num_workers, pin_memory=self.device.type == "cuda")
 
     @property
@@ -331,8 +326,8 @@ class Trainer:
             return
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
         metadata.update(total_steps=self.total_steps, peak_memory_bytes=peak_memory(self.device))
-        training_state.update(progress=state.progress(), parent=self.parent, loader=self.train_loader.state_dict())
-        training_state.update(random=states, trajectory=self.trajectory)
+        training_state.update(progress=state.progress(), parent=self.parent, random=states, trajectory=self.trajectory)
+        training_state["loader"] = self.train_loader.state_dict()
         try:
             save_checkpoint(self.path, self.model, metadata, training_state, weights)
         except OSError as error:

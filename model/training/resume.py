@@ -42,22 +42,23 @@ def restore_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def trajectory(settings, config, device, dtype, data, tokenizer, steps, warmup_steps, identity):
+def trajectory(trainer, data, identity):
     """({flag: value} that --resume must not change, {flag: value} that changes the course and gets a warning).
 
-    data, tokenizer: fingerprints of both. identity: further {flag: value} that decide what is learned from the data.
+    data: fingerprint of the training rows. identity: further {flag: value} that decide what is learned from them.
     """
+    settings, config = trainer.settings, trainer.model.config
     fixed = {
         "--data_path (its contents)": data,
-        "--tokenizer_path (its contents)": tokenizer,
+        "--tokenizer_path (its contents)": trainer.tokenizer_hash,
         "--max_seq_len": config.max_seq_len,
         "the number of processes": ranks.world_size(),
         **{f"--{name}": getattr(settings, name) for name in ("batch_size", "accumulation_steps", "seed", "optimizer")},
         **identity,
     }
     free = {f"--{name}": getattr(settings, name) for name in ("learning_rate", "weight_decay", "grad_clip", "compile")}
-    free.update({"--warmup_iters": warmup_steps, STEPS_FLAG: f"{steps} steps"})
-    free.update({"--dropout": config.dropout, "--dtype": str(dtype), "--device": device.type})
+    free.update({"--warmup_iters": trainer.warmup_steps, STEPS_FLAG: f"{trainer.total_steps} steps"})
+    free.update({"--dropout": config.dropout, "--dtype": str(trainer.dtype), "--device": trainer.device.type})
     if settings.optimizer == "muon":
         free["--muon_learning_rate"] = settings.muon_learning_rate
     return fixed, free
