@@ -5,6 +5,7 @@ divided by the count of the whole step: gradients do not depend on how a step is
 accumulation", 2024).
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -22,7 +23,7 @@ from model.errors import FULL_DISK, UserError, warn
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
 from model.training.optimizer import learning_rate_factor
-from model.training.reports import RunLog, Window, flops_per_token, peak_flops, start_wandb, step_line
+from model.training.reports import RunLog, flops_per_token, mean_loss, peak_flops, start_wandb, step_line
 from model.training.strategy import DataParallel
 
 
@@ -188,17 +189,17 @@ class Trainer:
     def run_steps(self):
         """From the current step to the last one, with reports, validation and saves where they are due."""
         settings, state = self.settings, self.state
-        window, clock = Window(), time.perf_counter()
+        window, clock = collections.Counter(), time.perf_counter()
         for batches in self.step_batches():
             self.train_step(batches, window)
-            window.seconds += time.perf_counter() - clock
+            window["seconds"] += time.perf_counter() - clock
             state.train_seconds += time.perf_counter() - clock
             self.log.advance()
             last = state.step >= self.total_steps
             done = last or state.stopping or self.stop_is_due
             if state.step % settings.log_interval == 0 or done or state.step == state.first_step + 1:
                 self.report(window)
-                window = Window()
+                window.clear()
             if (state.step % settings.eval_interval == 0 and not state.stopping) or last:
                 self.validate()
             if state.step % settings.save_interval == 0 or done:
@@ -232,7 +233,7 @@ class Trainer:
         self.state.step += 1
         self.state.tokens_seen += int(tokens)
         self.state.supervised_tokens_seen += int(items)
-        window.add(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
+        window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
 
     def accumulate(self, batches, shares, items):
         """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor.
@@ -280,12 +281,13 @@ class Trainer:
     def report(self, window):
         """One line and one record on the steps since the last report."""
         state, peak, load = self.state, peak_flops(self.device, self.dtype), self.model.expert_load()
-        record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=window.loss)
-        record.update(bits_per_byte=window.bits_per_byte, learning_rate=self.strategy.learning_rate)
-        record.update(gradient_norm=self.gradient_norm, tokens_per_second=window.tokens / window.seconds)
+        loss, bits_per_byte = mean_loss(window)
+        record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
+        record.update(bits_per_byte=bits_per_byte, learning_rate=self.strategy.learning_rate)
+        record.update(gradient_norm=self.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
         if peak:
-            record["mfu"] = window.flops / window.seconds / peak / ranks.world_size()
+            record["mfu"] = window["flops"] / window["seconds"] / peak / ranks.world_size()
         if state.steady_since:
             steady = (time.perf_counter() - state.steady_since) / (state.step - state.first_step - 1)
             record["seconds_left"] = round(steady * (self.total_steps - state.step), 1)
@@ -301,21 +303,21 @@ class Trainer:
         self.model.eval()
         self.validation_loader.load_state_dict(self.validation_start)
         wanted = (self.settings.eval_tokens or math.inf) / ranks.world_size()
-        nats = items = size = 0
+        sums, state = dict(nats=0.0, items=0, size=0), self.state
         one = torch.ones((), device=self.device)
         for batch in self.validation_loader:
-            batch_items, _, _, batch_size, _ = measure(batch, self.byte_lengths)
+            items, _, _, size, _ = measure(batch, self.byte_lengths)
             with autocast(self.device, self.dtype):
-                nats += float(self.loss_function(self.model, self.to_device(batch), one)[0])
-            items, size = items + batch_items, size + batch_size
-            if items >= wanted or self.stop.requested:
+                sums["nats"] += float(self.loss_function(self.model, self.to_device(batch), one)[0])
+            sums["items"], sums["size"] = sums["items"] + items, sums["size"] + size
+            if sums["items"] >= wanted or self.stop.requested:
                 break
         self.model.train()
-        window, state = Window(*ranks.sum_over_ranks([nats, items, size], self.device)), self.state
-        state.validation_loss, state.validation_bits_per_byte = window.loss, window.bits_per_byte
-        record = dict(step=state.step, validation_loss=window.loss, validation_bits_per_byte=window.bits_per_byte)
-        text = f"step {state.step:,}/{self.total_steps:,}  validation loss {window.loss:.4f}  bpb {window.bits_per_byte:.4f}"
-        self.log.write(f"{text}  ({int(window.items):,} held-out tokens)", **record)
+        sums = dict(zip(sums, ranks.sum_over_ranks(list(sums.values()), self.device)))
+        loss, bits_per_byte = state.validation_loss, state.validation_bits_per_byte = mean_loss(sums)
+        text = f"step {state.step:,}/{self.total_steps:,}  validation loss {loss:.4f}  bpb {bits_per_byte:.4f}"
+        text += f"  ({int(sums['items']):,} held-out tokens)"
+        self.log.write(text, step=state.step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
     def save(self):
         """Write checkpoint, description and training state; a full disk ends the run and the last ones stay intact."""

@@ -97,30 +97,10 @@ def start_wandb(settings, run_name):
     return wandb.init(project=settings.wandb_project, name=name, config=config, mode=mode)
 
 
-@dataclasses.dataclass
-class Window:
-    """Sums over the steps since the last report, over all ranks. nats: loss times items; items: supervised targets;
-    size: their bytes; tokens: real tokens; flops: floating-point operations; seconds: of training alone."""
-
-    nats: float = 0.0
-    items: float = 0.0
-    size: float = 0.0
-    tokens: float = 0.0
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, **sums):
-        for name, value in sums.items():
-            setattr(self, name, getattr(self, name) + value)
-
-    @property
-    def loss(self):
-        """Mean nats per supervised target."""
-        return self.nats / max(1, self.items)
-
-    @property
-    def bits_per_byte(self):
-        return self.nats / math.log(2) / max(1, self.size)
+def mean_loss(sums):
+    """(nats per supervised target, bits per byte) of the sums over some batches: nats, items (supervised targets), size
+    (their UTF-8 bytes)."""
+    return sums["nats"] / max(1, sums["items"]), sums["nats"] / math.log(2) / max(1, sums["size"])
 
 
 def step_line(record, total_steps):
