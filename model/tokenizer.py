@@ -104,9 +104,10 @@ _derived_by_tokenizer = weakref.WeakKeyDictionary()
 
 
 def _derived(tokenizer):
-    if tokenizer not in _derived_by_tokenizer:
-        _derived_by_tokenizer[tokenizer] = _Derived(tokenizer)
-    return _derived_by_tokenizer[tokenizer]
+    derived = _derived_by_tokenizer.get(tokenizer)
+    if derived is None:
+        derived = _derived_by_tokenizer[tokenizer] = _Derived(tokenizer)
+    return derived
 
 
 def encode_text(tokenizer, text):
@@ -139,15 +140,15 @@ def join_turns(tokenizer, turns):
 
     mask: bytearray, 1 on the content and the `</s>` of every assistant turn but the last, 2 there on the last, else 0.
     """
-    headers, tail = _derived(tokenizer).headers, _derived(tokenizer).tail
-    last = max((index for index, (role, _) in enumerate(turns) if role == "assistant"), default=None)
+    derived, roles = _derived(tokenizer), [role for role, _ in turns]
+    last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else None
     ids, mask = [], bytearray()
     for index, (role, content) in enumerate(turns):
-        ids += headers[role]
+        header, supervised = derived.headers[role], (role == "assistant") + (index == last)
+        ids += header
         ids += content
-        ids += tail
-        supervised = (role == "assistant") + (index == last)
-        mask += bytes(len(headers[role])) + bytes([supervised]) * (len(content) + 1) + bytes(len(tail) - 1)
+        ids += derived.tail
+        mask += bytes(len(header)) + bytes([supervised]) * (len(content) + 1) + bytes(len(derived.tail) - 1)
     return ids, mask
 
 

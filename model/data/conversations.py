@@ -216,9 +216,9 @@ def fit_turns(turns, overhead, max_seq_len):
     never cut: where it leaves no room for its question nothing is left, ([], []).
     """
     sizes = [overhead[role] + len(content) for role, content in turns]
-    to_end = list(itertools.accumulate(reversed(sizes)))[::-1]
-    if to_end[0] <= max_seq_len:
+    if sum(sizes) <= max_seq_len:
         return turns, []
+    to_end = list(itertools.accumulate(reversed(sizes)))[::-1]
     roles = [role for role, _ in turns]
     body = int(roles[0] == "system")  # the first turn that goes
     starts = [turn for turn in range(body, len(turns)) if turn == body or roles[turn - 1] == "assistant" != roles[turn]]

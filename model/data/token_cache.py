@@ -294,10 +294,10 @@ def _encoded_blocks(tokenizer, items):
     interpreter: while it works on all cores, this thread turns ids into arrays and reads on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else the library warns of every fork that comes later
     waiting = collections.deque()
-    with ThreadPoolExecutor(1) as encoder:
+    with ThreadPoolExecutor(2) as encoder:
         for block, texts in _blocks(items):
             waiting.append((block, encoder.submit(encode_texts, tokenizer, texts)))
-            if len(waiting) > 2:
+            if len(waiting) > 3:
                 block, encoded = waiting.popleft()
                 yield block, encoded.result()
         yield from ((block, encoded.result()) for block, encoded in waiting)
