@@ -7,14 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from model.settings import (
-    DataSettings,
-    InferenceSettings,
-    ModelSettings,
-    SamplingParameters,
-    TrainingSettings,
-    violation,
-)
+from model.settings import DataSettings, InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
+from model.settings import violation as limit_violation
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 
@@ -24,12 +18,11 @@ def script_parser(description):
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_flags(parser, settings, title, without=(), **defaults):
-    """A flag for each field of the dataclass `settings`, in a group `title`, `without` some; `defaults` replace the
-    class's own."""
+def add_flags(parser, settings, title, **defaults):
+    """A flag for each field of the dataclass `settings`, in a group `title`; `defaults` replace the class's own."""
     group = parser.add_argument_group(title)
     for field in dataclasses.fields(settings):
-        if not field.metadata or field.name in without:
+        if not field.metadata:
             continue
         default, kind = defaults.get(field.name, field.default), field.metadata["kind"]
         limits = dict(field.metadata["limits"])
@@ -47,7 +40,7 @@ def checked(kind, limits):
 
     def parse(text):
         value = kind(text)
-        if problem := violation(value, **limits):
+        if problem := limit_violation(value, **limits):
             raise argparse.ArgumentTypeError(f"{problem}, got {text}")
         return value
 

@@ -370,7 +370,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         position_ids [T] or [B, T]: default, the token's place after the cached ones.
         num_items_in_batch: divide the summed loss by this instead of the number of supervised targets.
         logits_to_keep: logits of only the last so many positions (0: all), or LongTensor [B, n]: of these positions.
-        return_logits=False (training): .logits is None and the loss never holds [B, T, V] numbers at once.
+        return_logits=False (training): .logits is None; with a training_loss_kernel the loss never holds [B, T, V]
+            numbers at once.
         past_key_values, inputs_embeds [B, T, C], return_dict and flags (use_cache, output_attentions, ...): what
             transformers and peft pass. A transformers Cache is a kv_cache. Raises TypeError for a flag that asks for
             what this model does not give.

@@ -60,6 +60,7 @@ class RunLog:
             return
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.wandb_run is not None:

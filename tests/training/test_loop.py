@@ -103,6 +103,33 @@ def test_balance_loss_reaches_the_router(sft_csv, tmp_path, tokenizer):
     assert all(layer.feed_forward.gate.weight.grad.abs().sum() > 0 for layer in run.model.layers)
 
 
+@pytest.mark.parametrize("moe", [False, True])
+def test_the_gradient_is_that_of_cross_entropy_plus_balance_loss(sft_csv, tmp_path, tokenizer, moe):
+    """Against plain autograd on the logits and the router's probabilities, written out here."""
+    run = make_trainer(sft_csv, tmp_path, *(["--use_moe"] if moe else []), tokenizer=tokenizer, sft=True)
+    batch = run.train_loader.dataset[list(range(6))]
+    items, rows, *_ = measure(batch, run.byte_lengths)
+    routed = []
+    for layer in run.model.layers if moe else ():
+        gate = layer.feed_forward.gate
+        gate.register_forward_hook(lambda gate, inputs, output: routed.append((gate, inputs[0], output[1])))
+    output = run.model(batch["input_ids"], attention_mask=batch["attention_mask"])
+    targets = batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="sum") / items
+    for gate, x, experts in routed:
+        mask = batch["attention_mask"].float()
+        probability = (torch.einsum("btc,ec->bte", x, gate.weight).softmax(-1) * mask[..., None]).sum(1)
+        probability = probability / mask.sum(1, keepdim=True)
+        chosen = torch.nn.functional.one_hot(experts.view(*mask.shape, -1), 4).sum(2) * mask[..., None]
+        load = chosen.sum(1) / mask.sum(1, keepdim=True) * 4 / 2  # four experts, two of them chosen
+        expected = expected + 0.01 * (load * probability).sum(1).mean()
+    gradients = torch.autograd.grad(expected, list(run.model.parameters()), allow_unused=True)
+    run.accumulate([batch], [1.0], items)
+    for (name, parameter), gradient in zip(run.model.named_parameters(), gradients):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tokenizer):
     seen = []
 
@@ -139,6 +166,45 @@ def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
     assert learning_rate_factor(total, total, warmup) == pytest.approx(0.1)
     assert learning_rate_factor(10 * total, total, warmup) == pytest.approx(0.1)
     assert learning_rate_factor(0, 10, 0) == 1.0
+
+
+def test_every_optimizer_follows_the_schedule_and_the_log_says_its_rate(pretrain_csv, tmp_path, tokenizer):
+    words = ("--optimizer", "muon", "--max_steps", 6, "--warmup_iters", 2, "--learning_rate", 1e-3, "--log_interval", 1)
+    run, rates = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer), []
+    for optimizer in run.strategy.optimizers:
+        step = optimizer.step
+
+        def note(*positional, optimizer=optimizer, step=step, **named):
+            rates.append({group["lr"] for group in optimizer.param_groups})
+            return step(*positional, **named)
+
+        optimizer.step = note
+    run.train()
+    factors = [learning_rate_factor(step, 6, 2) for step in range(6)]
+    assert [rate for (rate,) in rates[0::2]] == pytest.approx([1e-2 * factor for factor in factors])  # Muon's
+    assert [rate for (rate,) in rates[1::2]] == pytest.approx([1e-3 * factor for factor in factors])
+    logged = [record["learning_rate"] for record in records(run) if "learning_rate" in record]
+    assert logged == pytest.approx([1e-3 * factor for factor in factors])
+
+
+def test_the_logged_loss_is_the_mean_over_the_targets_of_all_its_steps(sft_csv, tmp_path, tokenizer):
+    seen = []
+
+    def spy(model, batch, num_items):
+        loss, aux_loss = language_model_loss(model, batch, num_items)
+        if model.training:
+            targets = batch["labels"][:, 1:]
+            size = sum(len(tokenizer.convert_ids_to_tokens(int(t))) for t in targets[targets > 2])
+            seen.append((loss.item() * num_items.item(), int((targets >= 0).sum()), size))
+        return loss, aux_loss
+
+    words = ("--max_steps", 4, "--log_interval", 4, "--accumulation_steps", 2)
+    run = make_trainer(sft_csv, tmp_path, *words, tokenizer=tokenizer, sft=True, loss_function=spy)
+    run.train()
+    nats, items, size = (sum(column) for column in zip(*seen[2:]))  # the first step has a line of its own
+    last = [record for record in records(run) if "loss" in record][-1]
+    assert last["step"] == 4 and last["loss"] == pytest.approx(nats / items, rel=1e-4)
+    assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
 
 
 @pytest.mark.parametrize("words", [[], ["--use_moe"]])

@@ -1,0 +1,60 @@
+"""Two ranks compute what one process computes: gradients (which AdamW's steps would not show), sums, loss, seeds."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+# Each rank takes its half of every micro-batch; rank 0 writes what it has afterwards.
+PROGRAM = """
+import sys
+sys.path[:0] = [".", "tests", "tests/training"]
+import torch
+from test_loop import make_trainer, measure
+from model.tokenizer import load_tokenizer
+from model.training import ranks
+
+data, folder, tokenizer, *words = sys.argv[1:]
+run = make_trainer(data, folder, "--batch_size", 2, *words, tokenizer=load_tokenizer(tokenizer), sft=True)
+rank, size = ranks.rank(), ranks.world_size()
+rows = [[0, 1, 2, 3], [4, 5, 6, 7]]
+batches = [run.train_loader.dataset[part[rank * 4 // size : (rank + 1) * 4 // size]] for part in rows]
+counts = [measure(batch, run.byte_lengths) for batch in batches]
+items, total_rows = ranks.sum_over_ranks([sum(c[0] for c in counts), sum(c[1] for c in counts)], run.device)
+loss = run.accumulate(batches, [count[1] / total_rows for count in counts], items)
+norm = run.strategy.gradient_norm()
+(loss,) = ranks.sum_over_ranks([float(loss)], run.device)
+gradients = {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+random = ranks.gather(float(torch.rand(())))
+run.validate()
+if ranks.is_main():
+    torch.save(dict(loss=loss, norm=norm, gradients=gradients, items=items, random=random,
+                    validation=run.state.validation_loss), folder + "/result.pt")
+run.close()
+"""
+
+
+def result(folder, ranks, *words):
+    folder.mkdir()
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [sys.executable, *launcher, program, words[0], folder, *words[1:]]
+    process = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("words", [[], ["--use_moe"]])
+def test_gradients_loss_and_validation_are_those_of_one_process(tmp_path, sft_csv, small_tokenizer_path, words):
+    one, two = (result(tmp_path / str(ranks), ranks, sft_csv, small_tokenizer_path, *words) for ranks in (1, 2))
+    assert one["items"] == two["items"] and one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["norm"].item() == pytest.approx(two["norm"].item(), rel=1e-4)
+    assert one["gradients"].keys() <= two["gradients"].keys()  # DDP gives zeros to an expert that no token chose
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-3, atol=1e-6), name
+    assert one["validation"] == pytest.approx(two["validation"], rel=1e-5)
+    assert len(set(two["random"])) == 2  # each rank draws its own dropout
