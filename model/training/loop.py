@@ -261,12 +261,12 @@ class Trainer:
         loss, stops = ranks.sum_over_ranks([loss, self.stop.requested], self.device)
         self.state.stopping = stops > 0
         # With float16 an infinite gradient is how the scaler learns that its scale is too large: it skips this step.
-        skip = math.isfinite(loss) and self.strategy.overflowed(norm_value)
-        if not skip and not (math.isfinite(loss) and math.isfinite(norm_value)):
+        overflowed = self.strategy.overflowed(norm_value)
+        if not math.isfinite(loss) or not (math.isfinite(norm_value) or overflowed):
             raise UserError(self.divergence(loss, norm_value))
-        if self.settings.grad_clip and norm_value > self.settings.grad_clip and not skip:
+        if self.settings.grad_clip and norm_value > self.settings.grad_clip and not overflowed:
             self.strategy.clip(norm, self.settings.grad_clip)
-        self.strategy.step(learning_rate_factor(self.state.step, self.total_steps, self.warmup_steps), skip)
+        self.strategy.step(learning_rate_factor(self.state.step, self.total_steps, self.warmup_steps))
         return loss, norm_value
 
     def divergence(self, loss, norm):

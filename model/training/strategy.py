@@ -61,12 +61,11 @@ class DataParallel:
         """Scale the gradient, whose norm the tensor `norm` is, down to `limit`."""
         nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
-    def step(self, factor, skip=False):
-        """Apply the gradients at `factor` times the peak learning rates, or `skip` them; then forget them."""
+    def step(self, factor):
+        """Apply the gradients at `factor` times the peak learning rates, unless they overflowed; then forget them."""
         set_learning_rates(self.optimizers, factor)
         for optimizer in self.optimizers:
-            if not skip:
-                self.scaler.step(optimizer)
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
 
