@@ -357,6 +357,18 @@ def test_order_ranks_and_resumption(num_rows, batch_size, world_size, seed, grou
     assert sum(left, []) == stopped.order(stopped.epoch)[stopped.position :].tolist()
 
 
+def test_the_order_by_length_is_what_its_seed_says():
+    """Runs of earlier versions resume: stretches of 64 groups in stable order of length, whole groups in random order."""
+    lengths = np.random.default_rng(1).integers(1, 9, 1501)
+    generator, expected = np.random.default_rng((7, 2, 3)), np.arange(1501)
+    generator.shuffle(expected)
+    rows = [sorted(expected[start : start + 640].tolist(), key=lengths.__getitem__) for start in range(0, 1501, 640)]
+    groups = np.array(sum(rows, [])[:1500]).reshape(150, 10)
+    generator.shuffle(groups)
+    sampler = ResumableSampler(1501, 5, seed=7, world_size=2, lengths=lengths)
+    assert sampler.order(3).tolist() == [*groups.ravel().tolist(), rows[-1][-1]]
+
+
 def test_resuming_with_other_data_is_refused():
     state = ResumableSampler(10, 2).state_dict()
     with pytest.raises(UserError, match="--resume.*11.*10"):
