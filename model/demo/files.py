@@ -76,9 +76,9 @@ def move(path, target):
 
 def make_training_files(kind, raw, target, directory, workers):
     """Send raw files the way of all data, into `target`; the report speaks of `directory`, where the files end up."""
-    names, outputs, rules = TRAINING_FILES[kind]
-    sources = [raw[name] for name in names]
-    report = process_corpus(sources, [target / name for name in outputs], rules(), workers=workers)
+    sources, outputs, rules = TRAINING_FILES[kind]
+    targets = [target / name for name in outputs]
+    report = process_corpus([raw[name] for name in sources], targets, rules(), workers=workers)
     report.outputs = dict(zip((str(directory / name) for name in outputs), report.outputs.values()))
     return report
 
@@ -89,15 +89,16 @@ def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, con
     pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
     (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
     """
-    paths = {kind: Path(directory) / f"demo_{kind}.jsonl" for kind in ("pretrain", "sft_single", "sft_multi")}
-    paths["dpo"] = Path(directory) / "demo_dpo.json"
-    write_lines(paths["pretrain"], ({"text": text} for text in world.pretrain_texts(pretrain_bytes)))
     singles = [[pair] for pair in world.single_turns(phrasings)]
     world.random("order").shuffle(singles)
-    write_lines(paths["sft_single"], map(instruction_row, itertools.count(1), singles))
-    write_lines(paths["sft_multi"], map(instruction_row, itertools.count(1), world.multi_turns(conversations)))
-    write_list(paths["dpo"], world.preferences(world.preferred, 2, "preferences"))
-    return paths
+    corpora = {
+        "pretrain": ({"text": text} for text in world.pretrain_texts(pretrain_bytes)),
+        "sft_single": map(instruction_row, itertools.count(1), singles),
+        "sft_multi": map(instruction_row, itertools.count(1), world.multi_turns(conversations)),
+        "dpo": world.preferences(world.preferred, "preferences"),
+    }
+    names = {kind: f"demo_{kind}.json" if kind == "dpo" else f"demo_{kind}.jsonl" for kind in corpora}
+    return {kind: write_rows(Path(directory) / names[kind], rows) for kind, rows in corpora.items()}
 
 
 def instruction_row(number, turns):
@@ -115,38 +116,35 @@ def write_heldout(directory, world):
     cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
     dpo.json: [{prompt, chosen, rejected}].
     """
-    paths = {name: Path(directory) / file for name, file in HELDOUT_FILES.items()}
-    write_lines(paths["facts"], world.heldout_facts())
-    write_lines(paths["multi_turn"], world.heldout_multi_turns())
-    write_lines(paths["arithmetic"], world.heldout_arithmetic())
-    write_lines(paths["cloze"], world.cloze())
-    write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
-    write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
-    return paths
+    tests = {
+        "facts": world.heldout_facts(),
+        "multi_turn": world.heldout_multi_turns(),
+        "arithmetic": world.heldout_arithmetic(),
+        "cloze": world.cloze(),
+        "pretrain": [{"text": text} for text in world.heldout_texts()],
+        "dpo": world.preferences(world.heldout_preferred, "heldout preferences"),
+    }
+    return {name: write_rows(Path(directory) / HELDOUT_FILES[name], rows) for name, rows in tests.items()}
 
 
 def write_exam(directory, world):
     """Write the exam as C-Eval lays it out, `directory`/{dev,val}/<subject>_{dev,val}.csv; return the paths."""
     columns, paths = ["id", "question", *LETTERS, "answer"], []
-    for subject, parts in world.exam().items():
-        for part, rows, more in zip(("dev", "val"), parts, (["explanation"], [])):
-            paths.append(Path(directory) / part / f"{subject}_{part}.csv")
-            write_table(paths[-1], columns + more, rows)
+    for subject, dev, val in world.exam():
+        paths.append(write_rows(Path(directory) / f"dev/{subject}_dev.csv", dev, [*columns, "explanation"]))
+        paths.append(write_rows(Path(directory) / f"val/{subject}_val.csv", val, columns))
     return paths
 
 
-def write_lines(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_list(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
-
-
-def write_table(path, columns, rows):
+def write_rows(path, rows, columns=("text",)):
+    """Write dicts as the suffix of `path` says, the columns being those of a .csv; returns the path."""
     with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        elif path.suffix == ".json":
+            handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+        else:
+            handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
