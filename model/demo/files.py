@@ -25,10 +25,17 @@ TRAINING_FILES = {
     "sft": (["sft_single", "sft_multi"], ["sft_data_single.csv", "sft_data.csv"], ConversationRules),
     "dpo": (["dpo"], ["dpo/train_data.json"], PreferenceRules),
 }
-HELDOUT_FILES = {name: f"heldout/{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")}
-HELDOUT_FILES |= {"pretrain": "heldout/pretrain.csv", "dpo": "heldout/dpo.json"}
+# File -> the rows of a world that it holds.
+HELDOUT_FILES = {
+    "heldout/facts.jsonl": DemoWorld.heldout_facts,
+    "heldout/multi_turn.jsonl": DemoWorld.heldout_multi_turns,
+    "heldout/arithmetic.jsonl": DemoWorld.heldout_arithmetic,
+    "heldout/cloze.jsonl": DemoWorld.cloze,
+    "heldout/pretrain.csv": DemoWorld.heldout_texts,
+    "heldout/dpo.json": lambda world: world.preferences(world.heldout_preferred, "heldout preferences"),
+}
 # Raw corpora and exam need no copies: they are named demo_*.
-NAMES = [*itertools.chain(*(outputs for _, outputs, _ in TRAINING_FILES.values())), *HELDOUT_FILES.values()]
+NAMES = [*itertools.chain(*(outputs for _, outputs, _ in TRAINING_FILES.values())), *HELDOUT_FILES]
 
 
 def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DIRECTORY):
@@ -92,13 +99,13 @@ def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, con
     singles = [[pair] for pair in world.single_turns(phrasings)]
     world.random("order").shuffle(singles)
     corpora = {
-        "pretrain": ({"text": text} for text in world.pretrain_texts(pretrain_bytes)),
-        "sft_single": map(instruction_row, itertools.count(1), singles),
-        "sft_multi": map(instruction_row, itertools.count(1), world.multi_turns(conversations)),
-        "dpo": world.preferences(world.preferred, "preferences"),
+        "pretrain.jsonl": world.pretrain_rows(pretrain_bytes),
+        "sft_single.jsonl": map(instruction_row, itertools.count(1), singles),
+        "sft_multi.jsonl": map(instruction_row, itertools.count(1), world.multi_turns(conversations)),
+        "dpo.json": world.preferences(world.preferred, "preferences"),
     }
-    names = {kind: f"demo_{kind}.json" if kind == "dpo" else f"demo_{kind}.jsonl" for kind in corpora}
-    return {kind: write_rows(Path(directory) / names[kind], rows) for kind, rows in corpora.items()}
+    paths = [write_rows(Path(directory) / f"demo_{name}", rows) for name, rows in corpora.items()]
+    return {path.stem.removeprefix("demo_"): path for path in paths}
 
 
 def instruction_row(number, turns):
@@ -116,15 +123,8 @@ def write_heldout(directory, world):
     cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
     dpo.json: [{prompt, chosen, rejected}].
     """
-    tests = {
-        "facts": world.heldout_facts(),
-        "multi_turn": world.heldout_multi_turns(),
-        "arithmetic": world.heldout_arithmetic(),
-        "cloze": world.cloze(),
-        "pretrain": [{"text": text} for text in world.heldout_texts()],
-        "dpo": world.preferences(world.heldout_preferred, "heldout preferences"),
-    }
-    return {name: write_rows(Path(directory) / HELDOUT_FILES[name], rows) for name, rows in tests.items()}
+    paths = [write_rows(Path(directory) / name, rows(world)) for name, rows in HELDOUT_FILES.items()]
+    return {path.stem: path for path in paths}
 
 
 def write_exam(directory, world):

@@ -11,8 +11,6 @@ and what it is tested on, of which no question, pair or text is ever trained on:
     SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
     preferences        4 facts in 5                                the fifth (dpo.json)
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
-
-Every choice is drawn from a generator seeded by `seed` and the purpose, so parts can be changed without moving others.
 """
 
 import collections
@@ -132,8 +130,8 @@ def make_fact(name, relation, row):
 class DemoWorld:
     """The tables, and the seeded decisions which questions and pairs are held out.
 
-    directory: folder of the tables. seed: any int; the same seed gives the same files byte for byte.
-    Raises UserError when a table is missing or contradicts itself.
+    directory: folder of the tables. seed: any int; every choice is drawn from a generator seeded by it and the purpose,
+    so parts can be changed without moving others. Raises UserError when a table is missing or contradicts itself.
     """
 
     def __init__(self, seed=0, directory=DEFAULT_DIRECTORY):
@@ -203,8 +201,8 @@ class DemoWorld:
         values = self.others(fact.relation, (fact.value, fact.entity))
         return [value for value in values if value not in fact.value and fact.value not in value]
 
-    def pretrain_texts(self, size):
-        """Documents without duplicates, of `size` bytes of UTF-8 or a little more."""
+    def pretrain_rows(self, size):
+        """Documents {"text"} without duplicates, of `size` bytes of UTF-8 or a little more."""
         rng, seen, written = self.random("pretrain"), set(), 0
         kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
         makers, shares = [make(rng) for make in kinds], [5, 5, 4, 3, 4, 2]
@@ -213,7 +211,7 @@ class DemoWorld:
             if text not in seen:
                 seen.add(text)
                 written += len(text.encode())
-                yield text
+                yield {"text": text}
                 if written >= size:
                     return
 
@@ -260,16 +258,15 @@ class DemoWorld:
         shuffled = deck(self.problems, rng)
         while True:
             start = rng.randrange(len(ordered) - 8)
-            for some in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
+            for problems in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
                 pattern = rng.choice(self.arithmetic["statements"])
-                yield "".join(pattern.format_map(problem) for problem in some)
+                yield "".join(pattern.format_map(problem) for problem in problems)
 
     def single_turns(self, phrasings):
         """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recall."""
         rng = self.random("single")
         for fact in self.facts:
-            questions = fact.questions()
-            for question in rng.sample(questions, min(phrasings, len(questions))):
+            for question in rng.sample(fact.questions(), min(phrasings, len(fact.questions()))):
                 yield question, fact.answer
         for problem in self.problems:
             for pattern in self.arithmetic["questions"][:phrasings]:
@@ -371,12 +368,14 @@ class DemoWorld:
         row = {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category}
         return {**row, "entity": entity, "others": self.others(category, [key] if isinstance(key, str) else key)}
 
+    def fact_row(self, turns, fact, task):
+        return self.test_row(turns, fact.value, task, fact.relation, fact.entity)
+
     def heldout_facts(self):
         """Every fact and every piece of small talk, asked in each phrasing that training never uses."""
         for fact in self.facts:
             for question in fact.questions("heldout_questions"):
-                turns = [(question, fact.answer)]
-                yield self.test_row(turns, fact.value, fact.relation, fact.relation, fact.entity)
+                yield self.fact_row([(question, fact.answer)], fact, fact.relation)
         for entry in self.chat:
             for question in entry["heldout_questions"]:
                 yield self.test_row([(question, entry["answer"])], entry["keys"], entry["task"], "chat")
@@ -394,23 +393,21 @@ class DemoWorld:
         for slot, words in self.memory.items():
             pairs = [(value, ask) for value in words["values"] for ask in sorted(self.heldout_asks[slot, value])]
             for value, ask in rng.sample(pairs, min(40, len(pairs))):
-                turns = self.conversation(rng, facts, slot, value, ask)
-                yield self.test_row(turns, value, f"recall_{slot}", slot)
+                yield self.test_row(self.conversation(rng, facts, slot, value, ask), value, f"recall_{slot}", slot)
             for ask in sorted(self.heldout_asks[slot, None]):
                 turns = self.untold(rng, facts, slot, ask)
                 yield self.test_row(turns, words["unknown"].rstrip("。"), "not_told", slot)
         for first, fact in rng.sample(self.heldout_followups, min(80, len(self.heldout_followups))):
-            turns = self.followup(rng, first, fact)
-            yield self.test_row(turns, fact.value, "pronoun", fact.relation, fact.entity)
+            yield self.fact_row(self.followup(rng, first, fact), fact, "pronoun")
         for fact in rng.sample(self.heldout_ellipses, min(80, len(self.heldout_ellipses))):
-            yield self.test_row(self.ellipsis(rng, fact), fact.value, "ellipsis", fact.relation, fact.entity)
+            yield self.fact_row(self.ellipsis(rng, fact), fact, "ellipsis")
 
     def heldout_texts(self):
-        """Known facts in sentence patterns that training never uses, six to a document."""
+        """Known facts in sentence patterns that training never uses, six to a document {"text"}."""
         rng = self.random("heldout pretrain")
         sentences = [fact.fill(pattern) for fact in self.facts for pattern in fact.patterns["heldout_statements"]]
         rng.shuffle(sentences)
-        return ["".join(sentences[start : start + 6]) for start in range(0, len(sentences), 6)]
+        return [{"text": "".join(sentences[start : start + 6])} for start in range(0, len(sentences), 6)]
 
     def cloze(self):
         """A held-out sentence up to the value, for a pretrained model to go on with."""
