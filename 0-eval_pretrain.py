@@ -19,9 +19,8 @@ def parse_arguments():
     parser = script_parser(__doc__)
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompt", action="append", help="text to go on from, may be given several times")
-    texts.add_argument(
-        "--prompt_file", help='.txt with a text a line, or .jsonl with {"prompt"} and perhaps {"answer"}'
-    )
+    file_help = '.txt with a text a line, or .jsonl with {"prompt"} and perhaps {"answer"}'
+    texts.add_argument("--prompt_file", help=file_help)
     parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
     add_inference_flags(parser)
     return parser.parse_args()
@@ -38,10 +37,8 @@ def main():
     from model.tokenizer import encode_text
 
     check_prompts(args.prompt or ())
-    if args.prompt_file:
-        rows = read_questions(args.prompt_file, "prompt")
-    else:
-        rows = [{"prompt": text} for text in args.prompt or OPENINGS]
+    given = [{"prompt": text} for text in args.prompt or OPENINGS]
+    rows = read_questions(args.prompt_file, "prompt") if args.prompt_file else given
     parameters = from_flags(SamplingParameters, args)
     engine, path = open_engine(from_flags(InferenceSettings, args), PRETRAINED_STAGES)
     print(f"{path}: {engine.description}")

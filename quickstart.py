@@ -27,24 +27,14 @@ RECIPE = {
 }
 
 
-def parse_arguments():
-    parser = script_parser(__doc__)
-    parser.add_argument("--data_dir", type=Path, default=Path("dataset/demo"), help="default: %(default)s")
-    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
-    parser.add_argument(
-        "--max_steps", type=positive_int, help="stop each stage early and ask 20 questions a test: does every command work?"
-    )
-    return parser.parse_args()
-
-
-def run(command):
-    """Run one of the repository's scripts; a failed one ends everything with its own message. Returns its seconds."""
+def run(command, stdout=None):
+    """Run one of the repository's scripts; a failed one ends everything with its own message. Returns what it printed
+    into `stdout`."""
     print(f"\n$ python {command}", flush=True)
-    began = time.time()
-    code = subprocess.call([sys.executable, *shlex.split(command)])
-    if code:
+    process = subprocess.run([sys.executable, *shlex.split(command)], stdout=stdout, text=True)
+    if code := process.returncode:
         raise UserError(f"stopped: python {command}", exit_code=code if code > 0 else 128 - code)
-    return time.time() - began
+    return process.stdout
 
 
 def accuracy(checkpoint, test, max_steps):
@@ -54,34 +44,33 @@ def accuracy(checkpoint, test, max_steps):
         few.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
         test = few
     command = f"2-eval.py --checkpoint {checkpoint} --prompt_file {test} --json --max_new_tokens 48"
-    print(f"\n$ python {command}", flush=True)
-    process = subprocess.run([sys.executable, *shlex.split(command)], stdout=subprocess.PIPE, text=True)
-    if process.returncode:
-        raise UserError(f"stopped: python {command}", exit_code=process.returncode)
-    *table, result = process.stdout.splitlines()
+    *table, result = run(command, subprocess.PIPE).splitlines()
     print("\n".join(table), flush=True)
     return json.loads(result)["accuracy"]
 
 
 def main():
-    args = parse_arguments()
+    parser = script_parser(__doc__)
+    parser.add_argument("--data_dir", type=Path, default=Path("dataset/demo"), help="default: %(default)s")
+    parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
+    few = "stop each stage early and ask 20 questions a test: does every command work?"
+    parser.add_argument("--max_steps", type=positive_int, help=few)
+    args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)
     started = float(os.environ.get("QUICKSTART_STARTED") or time.time())  # make's: the installation counts too
     stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
     run(f"data_process.py demo --output_dir {args.data_dir}")
-    seconds = {
-        name: run(
-            f"{STAGES[name].command} --data_path {args.data_dir / Path(STAGES[name].data_path).name} {MODEL} {flags} "
-            f"--eval_interval 1000 --save_interval 1000 --out_dir {args.out_dir}{stop}"
-        )
-        for name, flags in RECIPE.items()
-    }
+    began = time.time()
+    for name, flags in RECIPE.items():
+        stage, saving = STAGES[name], f"--out_dir {args.out_dir} --eval_interval 1000 --save_interval 1000"
+        run(f"{stage.command} --data_path {args.data_dir / Path(stage.data_path).name} {MODEL} {flags} {saving}{stop}")
+    seconds = time.time() - began
     paths = {name: args.out_dir / f"{name}_192.pth" for name in RECIPE}
     records = {name: json.loads(path.with_suffix(".json").read_text("utf-8")) for name, path in paths.items()}
     tokens = sum(record["tokens_seen"] for record in records.values())
-
     _, single, chat = paths.values()
+
     tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
     before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
     after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}
@@ -94,9 +83,9 @@ def main():
         "facts_heldout_accuracy": round(after["facts"], 4),
         "multi_turn_accuracy": round(after["multi_turn"], 4),
         "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
-        "seconds_train": round(sum(seconds.values()), 1),
+        "seconds_train": round(seconds, 1),
         "seconds_total": round(time.time() - started, 1),
-        "tokens_per_second": round(tokens / sum(seconds.values())),
+        "tokens_per_second": round(tokens / seconds),
     }
     print(json.dumps(result))
 

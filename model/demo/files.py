@@ -25,10 +25,17 @@ TRAINING_FILES = {
     "sft": (["sft_single", "sft_multi"], ["sft_data_single.csv", "sft_data.csv"], ConversationRules),
     "dpo": (["dpo"], ["dpo/train_data.json"], PreferenceRules),
 }
-HELDOUT_FILES = {name: f"heldout/{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")}
-HELDOUT_FILES |= {"pretrain": "heldout/pretrain.csv", "dpo": "heldout/dpo.json"}
+# File -> the rows of a world that it holds.
+HELDOUT_FILES = {
+    "heldout/facts.jsonl": DemoWorld.heldout_facts,
+    "heldout/multi_turn.jsonl": DemoWorld.heldout_multi_turns,
+    "heldout/arithmetic.jsonl": DemoWorld.heldout_arithmetic,
+    "heldout/cloze.jsonl": DemoWorld.cloze,
+    "heldout/pretrain.csv": DemoWorld.heldout_texts,
+    "heldout/dpo.json": lambda world: world.preferences(world.heldout_preferred, "heldout preferences"),
+}
 # Raw corpora and exam need no copies: they are named demo_*.
-NAMES = [*itertools.chain(*(outputs for _, outputs, _ in TRAINING_FILES.values())), *HELDOUT_FILES.values()]
+NAMES = [*itertools.chain(*(outputs for _, outputs, _ in TRAINING_FILES.values())), *HELDOUT_FILES]
 
 
 def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DIRECTORY):
@@ -76,9 +83,9 @@ def move(path, target):
 
 def make_training_files(kind, raw, target, directory, workers):
     """Send raw files the way of all data, into `target`; the report speaks of `directory`, where the files end up."""
-    names, outputs, rules = TRAINING_FILES[kind]
-    sources = [raw[name] for name in names]
-    report = process_corpus(sources, [target / name for name in outputs], rules(), workers=workers)
+    sources, outputs, rules = TRAINING_FILES[kind]
+    targets = [target / name for name in outputs]
+    report = process_corpus([raw[name] for name in sources], targets, rules(), workers=workers)
     report.outputs = dict(zip((str(directory / name) for name in outputs), report.outputs.values()))
     return report
 
@@ -89,15 +96,16 @@ def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, con
     pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
     (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
     """
-    paths = {kind: Path(directory) / f"demo_{kind}.jsonl" for kind in ("pretrain", "sft_single", "sft_multi")}
-    paths["dpo"] = Path(directory) / "demo_dpo.json"
-    write_lines(paths["pretrain"], ({"text": text} for text in world.pretrain_texts(pretrain_bytes)))
     singles = [[pair] for pair in world.single_turns(phrasings)]
     world.random("order").shuffle(singles)
-    write_lines(paths["sft_single"], map(instruction_row, itertools.count(1), singles))
-    write_lines(paths["sft_multi"], map(instruction_row, itertools.count(1), world.multi_turns(conversations)))
-    write_list(paths["dpo"], world.preferences(world.preferred, 2, "preferences"))
-    return paths
+    corpora = {
+        "pretrain.jsonl": world.pretrain_rows(pretrain_bytes),
+        "sft_single.jsonl": map(instruction_row, itertools.count(1), singles),
+        "sft_multi.jsonl": map(instruction_row, itertools.count(1), world.multi_turns(conversations)),
+        "dpo.json": world.preferences(world.preferred, "preferences"),
+    }
+    paths = [write_rows(Path(directory) / f"demo_{name}", rows) for name, rows in corpora.items()]
+    return {path.stem.removeprefix("demo_"): path for path in paths}
 
 
 def instruction_row(number, turns):
@@ -115,38 +123,28 @@ def write_heldout(directory, world):
     cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
     dpo.json: [{prompt, chosen, rejected}].
     """
-    paths = {name: Path(directory) / file for name, file in HELDOUT_FILES.items()}
-    write_lines(paths["facts"], world.heldout_facts())
-    write_lines(paths["multi_turn"], world.heldout_multi_turns())
-    write_lines(paths["arithmetic"], world.heldout_arithmetic())
-    write_lines(paths["cloze"], world.cloze())
-    write_table(paths["pretrain"], ["text"], [{"text": text} for text in world.heldout_texts()])
-    write_list(paths["dpo"], world.preferences(world.heldout_preferred, 2, "heldout preferences"))
-    return paths
+    paths = [write_rows(Path(directory) / name, rows(world)) for name, rows in HELDOUT_FILES.items()]
+    return {path.stem: path for path in paths}
 
 
 def write_exam(directory, world):
     """Write the exam as C-Eval lays it out, `directory`/{dev,val}/<subject>_{dev,val}.csv; return the paths."""
     columns, paths = ["id", "question", *LETTERS, "answer"], []
-    for subject, parts in world.exam().items():
-        for part, rows, more in zip(("dev", "val"), parts, (["explanation"], [])):
-            paths.append(Path(directory) / part / f"{subject}_{part}.csv")
-            write_table(paths[-1], columns + more, rows)
+    for subject, dev, val in world.exam():
+        paths.append(write_rows(Path(directory) / f"dev/{subject}_dev.csv", dev, [*columns, "explanation"]))
+        paths.append(write_rows(Path(directory) / f"val/{subject}_val.csv", val, columns))
     return paths
 
 
-def write_lines(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_list(path, rows):
-    with atomic_write(path, "w", encoding="utf-8") as handle:
-        handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
-
-
-def write_table(path, columns, rows):
+def write_rows(path, rows, columns=("text",)):
+    """Write dicts as the suffix of `path` says, the columns being those of a .csv; returns the path."""
     with atomic_write(path, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(handle, columns, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        elif path.suffix == ".json":
+            handle.write(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+        else:
+            handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path

@@ -11,8 +11,6 @@ and what it is tested on, of which no question, pair or text is ever trained on:
     SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
     preferences        4 facts in 5                                the fifth (dpo.json)
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
-
-Every choice is drawn from a generator seeded by `seed` and the purpose, so parts can be changed without moving others.
 """
 
 import collections
@@ -59,7 +57,7 @@ class Fact:
 
 
 def read_text(path):
-    """The text of a UTF-8 file, with or without a byte order mark; UserError names a file that is none or missing."""
+    """The text of a UTF-8 file, with or without a byte order mark; UserError for another encoding or no file."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -80,16 +78,16 @@ def read_json(path):
 
 
 def read_table(path):
-    """[(line number, {column: cell})] of a CSV file; UserError for a row with missing or surplus cells."""
+    """Yield (line number, {column: cell}) of a CSV file; UserError for a row with missing or surplus cells."""
     reader = csv.DictReader(io.StringIO(read_text(path)), strict=True)
     try:
-        rows = [(reader.line_num, row) for row in reader]
+        for row in reader:
+            if None in row or None in row.values():
+                columns = reader.fieldnames
+                raise UserError(f"{path}:{reader.line_num}: expected {len(columns)} cells: {','.join(columns)}")
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num + 1}: not CSV ({error})") from None
-    for line, row in rows:
-        if None in row or None in row.values():
-            raise UserError(f"{path}:{line}: expected {len(reader.fieldnames)} cells: {','.join(reader.fieldnames)}")
-    return rows
 
 
 def read_facts(directory):
@@ -104,8 +102,8 @@ def read_facts(directory):
             try:
                 fact = make_fact(name, relation, row)
             except KeyError as error:
-                where = f"{directory / 'relations.json'}: {name}"
-                raise UserError(f"{where} uses {error}, not a column of {path.name}") from None
+                place = directory / "relations.json"
+                raise UserError(f"{place}: {name} uses {error}, not a column of {path.name}") from None
             if fact is None:
                 continue
             for question in fact.questions() + fact.questions("heldout_questions"):
@@ -132,8 +130,8 @@ def make_fact(name, relation, row):
 class DemoWorld:
     """The tables, and the seeded decisions which questions and pairs are held out.
 
-    directory: folder of the tables. seed: any int; the same seed gives the same files byte for byte.
-    Raises UserError when a table is missing or contradicts itself.
+    directory: folder of the tables. seed: any int; every choice is drawn from a generator seeded by it and the purpose,
+    so parts can be changed without moving others. Raises UserError when a table is missing or contradicts itself.
     """
 
     def __init__(self, seed=0, directory=DEFAULT_DIRECTORY):
@@ -148,11 +146,21 @@ class DemoWorld:
         for fact in self.facts:
             self.by_relation[fact.relation].append(fact)
             self.by_entity[fact.patterns["table"], fact.entity].append(fact)
-        self.problems, self.heldout_problems = self.split_arithmetic()
-        self.heldout_asks = self.split_memory()
-        self.followups, self.heldout_followups = self.split_followups()
-        self.ellipses, self.heldout_ellipses = self.split_ellipses()
+        self.problems, self.heldout_problems = self.split(self.all_problems(), "arithmetic", 1 / 7)
         self.preferred, self.heldout_preferred = self.split(self.facts, "preferences", 0.2)
+        asked_on = [fact for fact in self.facts if fact.patterns.get("followups")]
+        # Asked for by 那……呢？ after the same question about something else.
+        ellipses = [fact for fact in asked_on if "entity" not in fact.patterns]
+        self.ellipses, self.heldout_ellipses = self.split(ellipses, "ellipses", 0.2)
+        # (fact asked first, fact asked after it by a pronoun), split by the second.
+        parts = self.split([fact for fact in asked_on if self.siblings(fact)], "followups", 0.2)
+        self.followups, self.heldout_followups = (
+            [(first, second) for second in part for first in self.siblings(second)] for part in parts
+        )
+        # {(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told.
+        rng = self.random("memory")
+        pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
+        self.heldout_asks = {(slot, value): set(rng.sample(self.memory[slot]["ask"], 2)) for slot, value in pairs}
 
     def random(self, purpose):
         return random.Random(f"{self.seed}:{purpose}")
@@ -164,38 +172,18 @@ class DemoWorld:
         count = round(len(items) * share)
         return items[count:], items[:count]
 
-    def split_arithmetic(self):
-        """Problems are dicts a, b, c, word, sign, task; one pair of operands in seven is held out."""
-        problems = []
+    def all_problems(self):
+        """Yield {a, b, c, word, sign, task} for every pair of operands whose result is not negative."""
         for task in filter(CALCULATIONS.get, self.arithmetic):
             words = self.arithmetic[task]
             for a, b in itertools.product(*(range(low, high + 1) for low, high in (words["left"], words["right"]))):
                 if (c := CALCULATIONS[task](a, b)) >= 0:
-                    told = {"word": words["word"], "sign": words["sign"], "task": task}
-                    problems.append({"a": a, "b": b, "c": c, **told})
-        return self.split(problems, "arithmetic", 1 / 7)
-
-    def split_memory(self):
-        """{(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told."""
-        rng = self.random("memory")
-        pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
-        return {(slot, value): set(rng.sample(self.memory[slot]["ask"], 2)) for slot, value in pairs}
-
-    def split_followups(self):
-        """(fact asked first, fact asked after it by a pronoun); one second fact in five is held out."""
-        seconds = [fact for fact in self.facts if fact.patterns.get("followups") and self.siblings(fact)]
-        parts = self.split(seconds, "followups", 0.2)
-        return tuple([(first, second) for second in part for first in self.siblings(second)] for part in parts)
+                    yield {"a": a, "b": b, "c": c, "word": words["word"], "sign": words["sign"], "task": task}
 
     def siblings(self, fact):
         """Other facts about the same thing of which one can go on to ask."""
         same = self.by_entity[fact.patterns["table"], fact.entity]
         return [other for other in same if other.relation != fact.relation]
-
-    def split_ellipses(self):
-        """Facts that are asked for by 那……呢？ after the same question about something else; one in five is held out."""
-        facts = [fact for fact in self.facts if "entity" not in fact.patterns and fact.patterns.get("followups")]
-        return self.split(facts, "ellipses", 0.2)
 
     def asks(self, slot, value):
         """Ways of asking for `value` that belong to training."""
@@ -213,10 +201,8 @@ class DemoWorld:
         values = self.others(fact.relation, (fact.value, fact.entity))
         return [value for value in values if value not in fact.value and fact.value not in value]
 
-    # ------------------------------------------------------------------------------------------------- pretraining
-
-    def pretrain_texts(self, size):
-        """Documents without duplicates, of `size` bytes of UTF-8 or a little more."""
+    def pretrain_rows(self, size):
+        """Documents {"text"} without duplicates, of `size` bytes of UTF-8 or a little more."""
         rng, seen, written = self.random("pretrain"), set(), 0
         kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
         makers, shares = [make(rng) for make in kinds], [5, 5, 4, 3, 4, 2]
@@ -225,7 +211,7 @@ class DemoWorld:
             if text not in seen:
                 seen.add(text)
                 written += len(text.encode())
-                yield text
+                yield {"text": text}
                 if written >= size:
                     return
 
@@ -250,10 +236,10 @@ class DemoWorld:
     def dialogues(self, rng):
         facts, chats = deck(self.facts, rng), deck(self.chat, rng)
         while True:
-            turns = [(rng.choice(fact.questions()), fact.answer) for fact in itertools.islice(facts, 4)]
+            turns = [self.fact_turn(rng, fact) for fact in itertools.islice(facts, 4)]
             entry = next(chats)
-            turns.insert(rng.randrange(5), (rng.choice(entry["questions"]), entry["answer"]))
-            yield "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
+            turns.insert(rng.randrange(5), self.chat_turn(rng, entry))
+            yield as_text(turns)
 
     def stories(self, rng):
         """Short tales in which a value comes back: the cheapest lesson in copying from context."""
@@ -264,8 +250,7 @@ class DemoWorld:
     def remembered(self, rng):
         facts = deck(self.facts, rng)
         while True:
-            turns = self.conversation(rng, facts)
-            yield "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
+            yield as_text(self.conversation(rng, facts))
 
     def sums(self, rng):
         """Sums in order of their operands, where one follows from the last, or in no order."""
@@ -273,18 +258,15 @@ class DemoWorld:
         shuffled = deck(self.problems, rng)
         while True:
             start = rng.randrange(len(ordered) - 8)
-            for some in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
+            for problems in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
                 pattern = rng.choice(self.arithmetic["statements"])
-                yield "".join(pattern.format_map(problem) for problem in some)
-
-    # ------------------------------------------------------------------------------------------------- conversations
+                yield "".join(pattern.format_map(problem) for problem in problems)
 
     def single_turns(self, phrasings):
         """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recall."""
         rng = self.random("single")
         for fact in self.facts:
-            questions = fact.questions()
-            for question in rng.sample(questions, min(phrasings, len(questions))):
+            for question in rng.sample(fact.questions(), min(phrasings, len(fact.questions()))):
                 yield question, fact.answer
         for problem in self.problems:
             for pattern in self.arithmetic["questions"][:phrasings]:
@@ -315,23 +297,24 @@ class DemoWorld:
     def fact_turn(self, rng, fact):
         return [rng.choice(fact.questions()), fact.answer]
 
-    def filler(self, rng, facts):
-        if rng.random() < 0.75:
-            return self.fact_turn(rng, next(facts))
-        entry = rng.choice(self.chat)
+    def chat_turn(self, rng, entry):
         return [rng.choice(entry["questions"]), entry["answer"]]
+
+    def filler(self, rng, facts):
+        return self.fact_turn(rng, next(facts)) if rng.random() < 0.75 else self.chat_turn(rng, rng.choice(self.chat))
 
     def conversation(self, rng, facts, slot=None, value=None, ask=None):
         """One or two things are told, mixed with up to two other turns, then asked for; `ask` is the last question."""
         slots = rng.sample([other for other in self.memory if other != slot], rng.randint(1, 2))
         told = {name: rng.choice(self.memory[name]["values"]) for name in slots}
-        if slot:
-            told = {**dict(list(told.items())[: len(told) - 1]), slot: value}
+        if slot:  # in place of the last
+            told.popitem()
+            told[slot] = value
         tells = [self.tell(rng, name, known) for name, known in told.items()]
         between = tells + [self.filler(rng, facts) for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 2)))]
         rng.shuffle(between)
-        others = [(name, known) for name, known in told.items() if name != slot]
-        asks = [self.recall(name, known, rng.choice(self.asks(name, known))) for name, known in others]
+        others = [name for name in told if name != slot]
+        asks = [self.recall(name, told[name], rng.choice(self.asks(name, told[name]))) for name in others]
         rng.shuffle(asks)
         return between + asks + ([self.recall(slot, value, ask)] if slot else [])
 
@@ -359,77 +342,72 @@ class DemoWorld:
         question = rng.choice(("那{name}呢？", "{name}呢？")).format(name=fact.entity)
         return [self.fact_turn(rng, other), [question, fact.answer]]
 
-    # --------------------------------------------------------------------------------------------------- preferences
-
-    def preferences(self, facts, per_fact, purpose):
+    def preferences(self, facts, purpose):
         """{prompt, chosen, rejected} for `facts`: a right, whole, civil answer against a wrong, curt, repeated, rude or
         evasive one. The better answer is about as often the longer one as the shorter."""
         rng = self.random(purpose)
         kinds = deck(("wrong", "curt", "repeated", "rude", "evasive"), rng)
         for fact in facts:
-            for question in rng.sample(fact.questions(), per_fact):
+            for question in rng.sample(fact.questions(), 2):
                 chosen, rejected = self.preference(rng, fact, next(kinds))
                 yield {"prompt": question, "chosen": chosen, "rejected": rejected}
 
     def preference(self, rng, fact, kind):
         answer, endings = fact.answer, self.endings
+        if kind == "rude":
+            return answer + rng.choice(endings["courteous"]), answer + rng.choice(endings["rude"])
         if kind == "wrong":
             return answer, fact.retold(rng.choice(self.rivals(fact)))
-        if kind == "curt":
-            return answer, f"{fact.value}。"
-        if kind == "repeated":
-            return answer, answer * rng.randint(2, 3)
         if kind == "evasive":
             return answer, rng.choice(endings["refusal"])
-        return answer + rng.choice(endings["courteous"]), answer + rng.choice(endings["rude"])
+        return answer, f"{fact.value}。" if kind == "curt" else answer * rng.randint(2, 3)
 
-    # ----------------------------------------------------------------------------------------------------- held out
-
-    def test_row(self, history, question, answer, key, task, category, entity=""):
-        """One held-out question: `a` is the expected reply, the rest what model/evaluation/scoring.py judges by."""
+    def test_row(self, turns, key, task, category, entity=""):
+        """A held-out question, the last of `turns`: `a` is the expected reply, the rest what scoring.py judges by."""
+        *history, (question, answer) = turns
         row = {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category}
         return {**row, "entity": entity, "others": self.others(category, [key] if isinstance(key, str) else key)}
+
+    def fact_row(self, turns, fact, task):
+        return self.test_row(turns, fact.value, task, fact.relation, fact.entity)
 
     def heldout_facts(self):
         """Every fact and every piece of small talk, asked in each phrasing that training never uses."""
         for fact in self.facts:
             for question in fact.questions("heldout_questions"):
-                yield self.test_row([], question, fact.answer, fact.value, fact.relation, fact.relation, fact.entity)
+                yield self.fact_row([(question, fact.answer)], fact, fact.relation)
         for entry in self.chat:
             for question in entry["heldout_questions"]:
-                yield self.test_row([], question, entry["answer"], entry["keys"], entry["task"], "chat")
+                yield self.test_row([(question, entry["answer"])], entry["keys"], entry["task"], "chat")
 
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")
         for problem in self.heldout_problems:
-            answer, key, task = self.arithmetic["answer"].format_map(problem), str(problem["c"]), problem["task"]
             for pattern in rng.sample(self.arithmetic["questions"], 2):
-                yield self.test_row([], pattern.format_map(problem), answer, key, task, "arithmetic")
+                turns = [(pattern.format_map(problem), self.arithmetic["answer"].format_map(problem))]
+                yield self.test_row(turns, str(problem["c"]), problem["task"], "arithmetic")
 
-    def heldout_multi_turns(self, per_slot=40, per_task=80):
+    def heldout_multi_turns(self):
         rng = self.random("heldout multi")
         facts = deck(self.facts, rng)
         for slot, words in self.memory.items():
             pairs = [(value, ask) for value in words["values"] for ask in sorted(self.heldout_asks[slot, value])]
-            for value, ask in rng.sample(pairs, min(per_slot, len(pairs))):
-                *history, (question, answer) = self.conversation(rng, facts, slot, value, ask)
-                yield self.test_row(history, question, answer, value, f"recall_{slot}", slot)
+            for value, ask in rng.sample(pairs, min(40, len(pairs))):
+                yield self.test_row(self.conversation(rng, facts, slot, value, ask), value, f"recall_{slot}", slot)
             for ask in sorted(self.heldout_asks[slot, None]):
-                *history, (question, answer) = self.untold(rng, facts, slot, ask)
-                yield self.test_row(history, question, answer, words["unknown"].rstrip("。"), "not_told", slot)
-        for first, second in rng.sample(self.heldout_followups, min(per_task, len(self.heldout_followups))):
-            *history, (question, answer) = self.followup(rng, first, second)
-            yield self.test_row(history, question, answer, second.value, "pronoun", second.relation, second.entity)
-        for fact in rng.sample(self.heldout_ellipses, min(per_task, len(self.heldout_ellipses))):
-            *history, (question, answer) = self.ellipsis(rng, fact)
-            yield self.test_row(history, question, answer, fact.value, "ellipsis", fact.relation, fact.entity)
+                turns = self.untold(rng, facts, slot, ask)
+                yield self.test_row(turns, words["unknown"].rstrip("。"), "not_told", slot)
+        for first, fact in rng.sample(self.heldout_followups, min(80, len(self.heldout_followups))):
+            yield self.fact_row(self.followup(rng, first, fact), fact, "pronoun")
+        for fact in rng.sample(self.heldout_ellipses, min(80, len(self.heldout_ellipses))):
+            yield self.fact_row(self.ellipsis(rng, fact), fact, "ellipsis")
 
     def heldout_texts(self):
-        """Known facts in sentence patterns that training never uses, six to a document."""
+        """Known facts in sentence patterns that training never uses, six to a document {"text"}."""
         rng = self.random("heldout pretrain")
         sentences = [fact.fill(pattern) for fact in self.facts for pattern in fact.patterns["heldout_statements"]]
         rng.shuffle(sentences)
-        return ["".join(sentences[start : start + 6]) for start in range(0, len(sentences), 6)]
+        return [{"text": "".join(sentences[start : start + 6])} for start in range(0, len(sentences), 6)]
 
     def cloze(self):
         """A held-out sentence up to the value, for a pretrained model to go on with."""
@@ -439,17 +417,16 @@ class DemoWorld:
             yield {**row, "others": self.others(fact.relation, [fact.value])}
 
     def exam(self):
-        """{subject: (dev rows, val rows)}: multiple choice in C-Eval's columns, each letter equally often right."""
+        """Yield (subject, dev rows, val rows): multiple choice in C-Eval's columns, each letter equally often right."""
         subjects = collections.defaultdict(list)
         for fact in self.facts:
             if "subject" in fact.patterns and len(self.rivals(fact)) >= 3:
                 subjects[fact.patterns["subject"]].append(fact)
-        exam = {}
         for subject, facts in subjects.items():
             rng = self.random(subject)
             facts = rng.sample(facts, min(DEV_QUESTIONS + VAL_QUESTIONS, len(facts)))
-            exam[subject] = [list(self.exam_rows(rng, part)) for part in (facts[:DEV_QUESTIONS], facts[DEV_QUESTIONS:])]
-        return exam
+            dev, val = (list(self.exam_rows(rng, part)) for part in (facts[:DEV_QUESTIONS], facts[DEV_QUESTIONS:]))
+            yield subject, dev, val
 
     def exam_rows(self, rng, facts):
         letters = list(itertools.islice(itertools.cycle(LETTERS), len(facts)))
@@ -459,6 +436,10 @@ class DemoWorld:
             options.insert(LETTERS.index(letter), fact.value)
             row = {"id": number, "question": fact.retold("____"), **dict(zip(LETTERS, options))}
             yield {**row, "answer": letter, "explanation": fact.answer}
+
+
+def as_text(turns):
+    return "\n".join(f"问：{question}\n答：{answer}" for question, answer in turns)
 
 
 def deck(items, rng):

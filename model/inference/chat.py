@@ -1,5 +1,6 @@
 """Conversations with an engine: the prompt that fits the context, the answer printed while it is being written."""
 
+import itertools
 import sys
 
 from model.tokenizer import render_conversation
@@ -15,41 +16,34 @@ def conversation_prompt(tokenizer, messages, context, max_new_tokens):
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     room = min(max_new_tokens, context // 4)
-    dropped = 0
-    while True:
+    starts = [place for place in range(1, len(turns)) if turns[place]["role"] == "user" or place == len(turns) - 1]
+    for dropped in (0, *starts):
         ids, _ = render_conversation(tokenizer, system + turns[dropped:], add_generation_prompt=True)
-        if len(ids) + room <= context or len(turns) - dropped <= 1:
-            return ids, dropped
-        dropped += 1
-        while turns[dropped]["role"] != "user" and dropped < len(turns) - 1:
-            dropped += 1
-
-
-def as_messages(history, question):
-    """Earlier exchanges [question, answer] and the question now asked, as messages with roles."""
-    messages = []
-    for asked, answered in history:
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return messages + [{"role": "user", "content": question}]
+        if len(ids) + room <= context:
+            break
+    return ids, dropped
 
 
 def chat_prompt(engine, history, question, parameters):
-    """Token ids that ask `question` after `history`; says so on stderr when older exchanges do not fit the context."""
-    messages = as_messages(history, question)
+    """Token ids that ask `question` after `history`, exchanges [question, answer]; says on stderr what did not fit."""
+    roles, texts = itertools.cycle(["user", "assistant"]), [*itertools.chain(*history), question]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
     ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
     if dropped:
-        print(
-            f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out",
-            file=sys.stderr,
-        )
+        note = f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out"
+        print(note, file=sys.stderr)
     return ids
+
+
+def print_answer(engine, history, question, parameters):
+    """Print the answer to `question` after `history`; returns its text."""
+    print("A: ", end="", flush=True)
+    return print_stream(engine, chat_prompt(engine, history, question, parameters), parameters)
 
 
 def print_stream(engine, prompt_ids, parameters):
     """Print the answer while it is being written; returns its text."""
-    parts = []
     for delta in engine.stream(prompt_ids, parameters):
         print(delta.text, end="", flush=True)
-        parts.append(delta.text)
     print()
-    return "".join(parts)
+    return delta.request.text

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from model.device import check_compiler
 from model.errors import UserError
@@ -47,29 +48,24 @@ class Request:
         if not stopped:
             self.token_ids.append(token)
         reason = "stop" if stopped else "length" if len(self.token_ids) == self.limit else None
-        text = self.held_back + self.decode(token, stopped, reason is not None)
+        text = self.held_back
+        if self.decoder is not None:
+            text += "" if stopped else self.decoder.push(token)
+            text += self.decoder.flush() if reason else ""
         cut = min((place for place in map(text.find, self.parameters.stop_strings) if place >= 0), default=None)
         if cut is not None:
             text, reason = text[:cut], "stop"
-        keep = 0 if reason else self.possible_stop(text)
-        text, self.held_back = text[: len(text) - keep], text[len(text) - keep :]
+        end = len(text) if reason else self.possible_stop(text)
+        text, self.held_back = text[:end], text[end:]
         self.text += text
         self.finish_reason = reason
         return Delta(self, text, [] if stopped else [token], reason)
 
-    def decode(self, token, stopped, last):
-        """The characters that `token` completes, and on the last step what is left of an unfinished one."""
-        if self.decoder is None:
-            return ""
-        return ("" if stopped else self.decoder.push(token)) + (self.decoder.flush() if last else "")
-
     def possible_stop(self, text):
-        """Length of the longest end of `text` with which a stop string could begin."""
-        longest = max(map(len, self.parameters.stop_strings), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self.parameters.stop_strings):
-                return length
-        return 0
+        """Where in `text` a stop string may begin that the next tokens would complete; len(text) if nowhere."""
+        stops = self.parameters.stop_strings
+        starts = (start for start in range(len(text)) if any(stop.startswith(text[start:]) for stop in stops))
+        return next(starts, len(text))
 
 
 class Engine:
@@ -90,8 +86,7 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = install(model.eval()), tokenizer, max_batch
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
-        self.cache, self.sampler = None, None
-        self.compiled = None
+        self.cache = self.sampler = self.compiled = None
         if compile:
             check_compiler(model.device)
             mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former: one CUDA graph a step
@@ -102,16 +97,14 @@ class Engine:
 
         Raises UserError for an empty prompt, ids outside the vocabulary, or a prompt that fills the whole context.
         """
-        prompt_ids = list(prompt_ids)
-        vocab_size = self.model.config.vocab_size
+        prompt_ids, vocab_size = list(prompt_ids), self.model.config.vocab_size
         if not prompt_ids:
             raise UserError("the prompt is empty: give the model at least one token to go on from", exit_code=2)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
             raise UserError(f"the prompt has token ids outside 0..{vocab_size - 1}: tokenizer and model do not match")
         if len(prompt_ids) >= self.max_length:
-            length, context = len(prompt_ids), self.max_length
-            way_out = "shorten it, or raise --max_seq_len with --rope_scaling yarn"
-            raise UserError(f"the prompt has {length} tokens but the context only {context}: {way_out}")
+            problem = f"the prompt has {len(prompt_ids)} tokens but the context only {self.max_length}"
+            raise UserError(f"{problem}: shorten it, or raise --max_seq_len with --rope_scaling yarn")
         if parameters.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need an Engine with a tokenizer")
         stop = parameters.stop_token_ids
@@ -149,7 +142,7 @@ class Engine:
             try:  # before the others' turn: a prompt that fails leaves them as they were
                 logits.append(self.prefill(admitted))
             except BaseException:
-                self.release([request for request in admitted if request in self.running])
+                del self.running[older:]
                 raise
         if older:
             logits.insert(0, self.decode(older))
@@ -167,18 +160,16 @@ class Engine:
 
     def decode(self, rows):
         """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
-        device = self.model.device
         last = [[request.token_ids[-1]] for request in self.running[:rows]]
+        cache = self.cache.rows(0, rows) if rows < self.cache.batch else self.cache
         if self.compiled is not None:
             # All rows of the cache, also the unused ones: their number is part of the shape that was compiled.
-            last += [[0]] * (self.cache.batch - rows)
+            last = torch.tensor(last + [[0]] * (self.cache.batch - rows), device=self.model.device)
             with self.cache.with_fixed_shapes():
-                logits = self.compiled(torch.tensor(last, device=device), kv_cache=self.cache).logits[:rows, -1]
-            self.cache.rows(0, rows).advance(1)
-            return logits
-        cache = self.cache.rows(0, rows) if rows < self.cache.batch else self.cache
-        with one_row_kernels(rows, self.model):
-            logits = self.model(torch.tensor(last, device=device), kv_cache=cache).logits[:, -1]
+                logits = self.compiled(last, kv_cache=self.cache).logits[:rows, -1]
+        else:
+            with one_row_kernels(rows, self.model):
+                logits = self.model(torch.tensor(last, device=self.model.device), kv_cache=cache).logits[:, -1]
         cache.advance(1)
         return logits
 
@@ -190,23 +181,20 @@ class Engine:
         self.reserve_rows(len(self.running))
         cache = self.cache.rows(first, len(self.running))
         cache.lengths.zero_()
-        lengths = torch.tensor([len(request.prompt_ids) for request in requests])
-        longest = int(lengths.max())
-        padded = [request.prompt_ids + [0] * (longest - len(request.prompt_ids)) for request in requests]
-        ids = torch.tensor(padded, device=device)
-        result = None
-        for start in range(0, longest, self.PREFILL_CHUNK):
+        prompts = [torch.tensor(request.prompt_ids) for request in requests]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids, result = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device), None
+        for start in range(0, ids.shape[1], self.PREFILL_CHUNK):
             chunk = ids[:, start : start + self.PREFILL_CHUNK]
             last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1).to(device)
             logits = self.model(chunk, kv_cache=cache, padding_side="right", logits_to_keep=last[:, None]).logits[:, 0]
             cache.advance(chunk.shape[1])
-            ends_here = ((lengths > start) & (lengths <= start + chunk.shape[1])).to(device)
-            result = logits if result is None else torch.where(ends_here[:, None], logits, result)
+            goes_on = (lengths > start).to(device)[:, None]
+            result = logits if result is None else torch.where(goes_on, logits, result)
         cache.lengths.copy_(lengths)
         if not torch.isfinite(result).all():
-            raise UserError(
-                "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
-            )
+            reasons = "the checkpoint is damaged, or --dtype is too narrow for it"
+            raise UserError(f"the model's output is not finite: {reasons}")
         return result
 
     def reserve_rows(self, rows):
@@ -227,11 +215,10 @@ class Engine:
     def release(self, requests):
         """Free the rows of `requests`; rows behind them move up."""
         for request in requests:
-            row, last = self.running.index(request), len(self.running) - 1
-            if row != last:
-                self.cache.move_row(last, row)
-                self.running[row] = self.running[last]
-            self.running.pop()
+            row, last = self.running.index(request), self.running.pop()
+            if last is not request:
+                self.cache.move_row(len(self.running), row)
+                self.running[row] = last
             self.sampler = None
 
     def stream(self, prompt_ids, parameters=SamplingParameters()):

@@ -28,23 +28,17 @@ class KVCache:
     def batch(self):
         return self.keys[0].shape[0]
 
-    @property
-    def capacity(self):
-        return self.keys[0].shape[2]
-
     def get_seq_length(self):
         """Tokens stored per row: an int when all rows hold the same number, else a LongTensor [B]."""
         if self.fixed_shapes:
             return self.past
-        listed = self.lengths.tolist()
-        uniform = listed.count(listed[0]) == len(listed)
-        self.past = listed[0] if uniform else self.lengths.to(self.keys[0].device)
+        different = set(self.lengths.tolist())
+        self.past = different.pop() if len(different) == 1 else self.lengths.to(self.keys[0].device)
         return self.past
 
     def key_count(self, new):
-        """K of what update() returns for `new` tokens: the longest row's length including them; in fixed_shapes mode
-        the capacity."""
-        return self.capacity if self.fixed_shapes else int(self.lengths.max()) + new
+        """K of what update() returns for `new` tokens: the longest row's length with them, or the fixed capacity."""
+        return self.keys[0].shape[2] if self.fixed_shapes else int(self.lengths.max()) + new
 
     def update(self, key, value, layer_index):
         """Store key and value [B, G, T, D] after each row's stored tokens; return all keys and values [B, G, K, D]."""

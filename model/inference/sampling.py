@@ -2,9 +2,7 @@
 
 import torch
 
-from model.settings import SamplingParameters
-
-__all__ = ["Sampler", "SamplingParameters"]
+from model.settings import SamplingParameters as SamplingParameters  # for those who import it from here
 
 
 class Sampler:

@@ -130,6 +130,7 @@ def test_heldout_operands_are_in_no_training_text(world, files):
     text = "\n".join(raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
     spelt = set(re.findall(r"\d+[加减乘+×-]\d+", text))
     assert {"{a}{word}{b}".format_map(problem) for problem in world.problems} <= spelt
+    assert min(problem["c"] for problem in world.problems + world.heldout_problems) == 0
     for problem in world.heldout_problems:
         assert not {"{a}{word}{b}".format_map(problem), "{a}{sign}{b}".format_map(problem)} & spelt
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from model.inference.chat import conversation_prompt
-from model.inference.engine import Engine
+from model.inference.engine import Engine, Request
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import encode_text
+from model.tokenizer import encode_text, token_bytes
 
 GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
 
@@ -142,6 +142,7 @@ def test_greedy_equals_the_plain_loop_alone_and_in_a_ragged_batch(any_model):
 
 def test_long_prompts_are_prefilled_in_chunks(model, monkeypatch):
     prompts = random_prompts(5, seed=2, longest=40)
+    prompts += [sum(prompts, [])[:length] for length in range(1, 10)]
     expected = [request.token_ids for request in Engine(model).generate(prompts, GREEDY)]
     monkeypatch.setattr(Engine, "PREFILL_CHUNK", 4)
     assert [request.token_ids for request in Engine(model).generate(prompts, GREEDY)] == expected
@@ -426,6 +427,13 @@ def text_objects(tokenizer, text_model):
 
 
 TEXT = {}  # hypothesis runs its examples outside of fixtures
+
+
+def test_an_answer_cut_in_a_character_ends_with_the_replacement_character(tokenizer):
+    first_bytes, *_ = encode_text(tokenizer, "龘")
+    request = Request([1], SamplingParameters(), set(), 1, tokenizer)
+    assert "龘".encode().startswith(token_bytes(tokenizer)[first_bytes]) and tokenizer.decode([first_bytes]) == "\ufffd"
+    assert request.accept(first_bytes).text == request.text == "\ufffd" and request.finish_reason == "length"
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(model):
