@@ -93,7 +93,7 @@ class DuplicateFilter:
 
     def keep(self, block, dropped):
         """bool [documents] of a Converted block; counts the others in `dropped`."""
-        kept = np.ones(len(block.ends), dtype=bool)
+        kept = np.ones(len(block.payloads), dtype=bool)
         if self.exact:
             kept = self.exact.add(block.digests)
             dropped["duplicate"] += int((~kept).sum())
