@@ -18,7 +18,6 @@ except ImportError:
 
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
-COMPRESSED_SUFFIXES = tuple(DECOMPRESSORS)
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -42,7 +41,7 @@ def open_binary(path):
 
 def uncompressed_suffix(path):
     """The suffix that tells the format: ".csv" for a.csv and a.csv.gz, "" for none."""
-    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in COMPRESSED_SUFFIXES), "")
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in DECOMPRESSORS), "")
 
 
 def expand_paths(patterns):

@@ -12,6 +12,7 @@ differ from GPT-2's recipe for the sake of Chinese:
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import random
@@ -19,22 +20,17 @@ import sys
 
 from tqdm import tqdm
 
+from model.data.conversations import BadRow, parse_row
 from model.data.rows import RowReport, iter_records, read_lines
 from model.errors import UserError
 from model.files import uncompressed_suffix
 from model.tokenizer import ROLES, SPECIAL_TOKENS, byte_characters
 
-COLUMN_LAYOUTS = (("text",), ("history", "q", "a"))
-JSON_COLUMNS = ("history", "conversations")
 # One token each, however rare in the sample: the names in every turn's header, and the blank of exam questions.
 WHOLE_WORDS = (*ROLES, "____")
 CHARACTER_SHARE = 20e-6  # characters rarer than this are better spelled by their bytes than given a word of their own
 HELD_OUT_SHARE = 0.01
-SMALLEST_VOCABULARY = 512
-LARGEST_VOCABULARY = 1 << 16  # the token cache stores uint16
-
-
-# ---------------------------------------------------------------------------------------------------- text to train on
+VOCABULARY_SIZES = range(512, (1 << 16) + 1)  # the token cache stores uint16
 
 
 @dataclasses.dataclass
@@ -67,11 +63,13 @@ def iter_documents(path, group_field, report):
         yield from ((str(path), line) for line in iter_text_lines(path, report))
         return
     columns = column_layout(path) + ((group_field,) if group_field else ())
-    for row in iter_records(path, columns, report, JSON_COLUMNS, alternative="conversations"):
+    for row in iter_records(path, columns, report, ("history", "conversations"), "conversations"):
         try:
-            yield row.get(group_field) or str(path), row_text(row)
-        except (TypeError, KeyError, ValueError):
-            report.drop("history or conversations does not hold texts", report.place)
+            texts = [row["text"]] if "text" in row else [message["content"] for message in parse_row(row)]
+        except BadRow as error:
+            report.drop(str(error), report.place)
+        else:
+            yield row.get(group_field) or str(path), "\n".join(texts)
 
 
 def iter_text_lines(path, report):
@@ -89,26 +87,12 @@ def iter_text_lines(path, report):
 
 
 def column_layout(path):
-    """The columns of the first layout of which the file has a readable row; if none, the first layout's UserError."""
-    complaints = []
-    for columns in COLUMN_LAYOUTS:
-        try:
-            next(iter_records(path, columns, RowReport(), JSON_COLUMNS, alternative="conversations"))
+    """The columns, of texts or of conversations, of which the file has a readable row."""
+    for columns in (("text",), ("history", "q", "a")):
+        with contextlib.suppress(UserError):
+            next(iter_records(path, columns, RowReport(), ("history", "conversations"), "conversations"))
             return columns
-        except UserError as error:
-            complaints.append(error)
-    raise complaints[0]
-
-
-def row_text(row):
-    if "conversations" in row:
-        texts = [message["content"] for message in row["conversations"]]
-    elif "text" in row:
-        texts = [row["text"]]
-    else:
-        earlier = [text for question, answer in row["history"] or [] for text in (question, answer)]
-        texts = [*earlier, row["q"], row["a"]]
-    return "\n".join(texts)
+    return ("text",)  # whoever reads these is told what is wrong
 
 
 def count_groups(paths, group_field):
@@ -151,9 +135,6 @@ def sample_documents(paths, group_field, sizes, shares, seed):
     return sample, held_out
 
 
-# --------------------------------------------------------------------------------------------------------- training
-
-
 def choose_alphabet(counts, room):
     """The frequent characters, most frequent first; their merges take at most `room` words."""
     lowest = max(2, CHARACTER_SHARE * counts.total())
@@ -193,12 +174,9 @@ class ByteLevelVocabulary:
         self.words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(self.character)))}
         self.merges = {}  # a dict keeps the order and drops repeats
 
-    def spell(self, data):
-        return "".join(self.character[byte] for byte in data)
-
     def add(self, left, right):
         """Merge two words given as bytes, if there is room for the result."""
-        left, right = self.spell(left), self.spell(right)
+        left, right = ("".join(self.character[byte] for byte in data) for data in (left, right))
         if left + right in self.words or len(self.words) < self.size:
             self.words.setdefault(left + right, len(self.words))
             self.merges[left, right] = None
@@ -240,22 +218,20 @@ class ByteLevelVocabulary:
 def train(sample, vocab_size):
     """Train on a list of texts -> tokenizers.Tokenizer. Raises UserError when the text has too few different words."""
     vocabulary = ByteLevelVocabulary(vocab_size)
-    room = vocab_size - len(vocabulary.words)
     counts = collections.Counter()
     for text in sample:
         counts.update(text)
     del counts["\n"]
-    alphabet = choose_alphabet(counts, room * 2 // 3)
+    alphabet = choose_alphabet(counts, (vocab_size - len(vocabulary.words)) * 2 // 3)
     for character in alphabet:
         vocabulary.add_character(character)
-    room = vocab_size - len(vocabulary.words)
-    merges = learn_character_merges(sample, alphabet, room)
-    reserved = sum(len(word) - 1 for word in WHOLE_WORDS)
-    for left, right in merges[: max(0, len(merges) - reserved)]:
+    merges = learn_character_merges(sample, alphabet, vocab_size - len(vocabulary.words))
+    common = max(0, len(merges) - sum(len(word) - 1 for word in WHOLE_WORDS))
+    for left, right in merges[:common]:
         vocabulary.add(left.encode(), right.encode())
     for word in WHOLE_WORDS:
         vocabulary.add_whole_word(word)
-    for left, right in merges[max(0, len(merges) - reserved) :]:
+    for left, right in merges[common:]:
         vocabulary.add(left.encode(), right.encode())
     if len(vocabulary.words) < vocab_size:
         raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
