@@ -14,6 +14,7 @@ differ from GPT-2's recipe for the sake of Chinese:
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 import sys
@@ -60,7 +61,7 @@ def read_sample(paths, max_characters, group_field=None, excluded=(), seed=0):
 def iter_documents(path, group_field, report):
     """Stream (group, text) of a file: of a row of .csv/.jsonl (turns are joined by newlines), of a line of .txt."""
     if uncompressed_suffix(path) == ".txt":
-        yield from ((str(path), line) for line in iter_text_lines(path, report))
+        yield from ((str(path), line) for line in iter_text_lines(path, report) if line)
         return
     columns = column_layout(path) + ((group_field,) if group_field else ())
     for row in iter_records(path, columns, report, ("history", "conversations"), "conversations"):
@@ -76,12 +77,9 @@ def iter_text_lines(path, report):
     for number, line in read_lines(path, report):
         report.rows += 1
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
+            yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             report.drop("not UTF-8", f"{path}:{number}")
-        else:
-            if text:
-                yield text
     if not report.rows:
         raise UserError(f"{path}: is empty, it has no lines")
 
@@ -153,14 +151,13 @@ def learn_character_merges(sample, alphabet, count):
     """Byte-pair encoding over characters: the first `count` merges as (left, right) texts, by falling frequency."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    known = set(alphabet)
     # Nothing merges across a rare character, as nothing does across a newline.
-    rare = {ord(character): "\n" for character in set().union(*map(set, sample)) - known}
+    rare = {ord(character): "\n" for character in set().union(*sample) - set(alphabet)}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\n+"), "removed"), pre_tokenizers.Digits(individual_digits=True)]
     )
-    trainer = trainers.BpeTrainer(vocab_size=len(known) + count, min_frequency=2, show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + count, min_frequency=2, show_progress=sys.stderr.isatty())
     tokenizer.train_from_iterator((text.translate(rare) for text in sample), trainer, length=len(sample))
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
@@ -174,31 +171,20 @@ class ByteLevelVocabulary:
         self.words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(self.character)))}
         self.merges = {}  # a dict keeps the order and drops repeats
 
+    def spell(self, text):
+        """`text` with a character for each of its bytes, as words are written."""
+        return "".join(self.character[byte] for byte in text.encode())
+
     def add(self, left, right):
-        """Merge two words given as bytes, if there is room for the result."""
-        left, right = ("".join(self.character[byte] for byte in data) for data in (left, right))
+        """Merge two words, if there is room for the result."""
         if left + right in self.words or len(self.words) < self.size:
             self.words.setdefault(left + right, len(self.words))
             self.merges[left, right] = None
 
-    def add_character(self, character):
-        utf8 = character.encode()
-        for length in range(1, len(utf8)):
-            self.add(utf8[:length], utf8[length : length + 1])
-
     def add_whole_word(self, word):
         """Make one word of the pieces `word` is encoded as; these merges come last, so other text keeps its words."""
-        backend = self.backend()
-        pieces = [backend.decoder.decode([piece]).encode() for piece in backend.encode(word).tokens]
-        while len(pieces) > 1:
-            left, right = pieces[:2]
-            self.add(left, right)
-            merged = []
-            while pieces:
-                merged.append(pieces.pop(0))
-                if merged[-1] == left and pieces[:1] == [right]:
-                    merged[-1] += pieces.pop(0)
-            pieces = merged
+        while len(pieces := self.backend().encode(word).tokens) > 1:
+            self.add(*pieces[:2])
 
     def backend(self):
         """The standard `tokenizers.Tokenizer` of these words."""
@@ -218,21 +204,21 @@ class ByteLevelVocabulary:
 def train(sample, vocab_size):
     """Train on a list of texts -> tokenizers.Tokenizer. Raises UserError when the text has too few different words."""
     vocabulary = ByteLevelVocabulary(vocab_size)
-    counts = collections.Counter()
-    for text in sample:
-        counts.update(text)
+    counts = collections.Counter(itertools.chain.from_iterable(sample))
     del counts["\n"]
     alphabet = choose_alphabet(counts, (vocab_size - len(vocabulary.words)) * 2 // 3)
-    for character in alphabet:
-        vocabulary.add_character(character)
+    for character in map(vocabulary.spell, alphabet):
+        for length in range(1, len(character)):
+            vocabulary.add(character[:length], character[length])
     merges = learn_character_merges(sample, alphabet, vocab_size - len(vocabulary.words))
+    merges = [tuple(map(vocabulary.spell, merge)) for merge in merges]
     common = max(0, len(merges) - sum(len(word) - 1 for word in WHOLE_WORDS))
     for left, right in merges[:common]:
-        vocabulary.add(left.encode(), right.encode())
+        vocabulary.add(left, right)
     for word in WHOLE_WORDS:
         vocabulary.add_whole_word(word)
     for left, right in merges[common:]:
-        vocabulary.add(left.encode(), right.encode())
+        vocabulary.add(left, right)
     if len(vocabulary.words) < vocab_size:
         raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
                         f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size")
