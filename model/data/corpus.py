@@ -189,17 +189,9 @@ class CorpusReport(RowReport):
         self.workers, self.seconds, self.memory = workers, 0.0, collections.Counter()  # process id -> bytes
 
     @property
-    def files_without_rows(self):
-        return [path for path, rows in self.rows_of_input.items() if not rows]
-
-    @property
     def bad_kinds(self):
         """{kind: [count, "file:line" of the first]}"""
         return {kind: [self.dropped[kind], places[0]] for kind, places in self.places.items() if kind not in DROP_RULES}
-
-    @property
-    def megabytes_per_second(self):
-        return self.bytes_read / 1e6 / max(self.seconds, 1e-9)
 
     def as_dict(self):
         """What --report writes."""
@@ -212,19 +204,19 @@ class CorpusReport(RowReport):
             "bad_lines_file": self.bad_lines_file,
             "documents_kept": self.kept,
             "outputs": self.outputs,
-            "files_without_rows": self.files_without_rows,
+            "files_without_rows": [path for path, rows in self.rows_of_input.items() if not rows],
             "input_bytes": self.bytes_read,
             "seconds": self.seconds,
             "workers": self.workers,
             "peak_memory_bytes": self.memory.total(),
             "bad_lines": sum(count for count, _ in self.bad_kinds.values()),
-            "megabytes_per_second": round(self.megabytes_per_second, 1),
+            "megabytes_per_second": round(self.bytes_read / 1e6 / max(self.seconds, 1e-9), 1),
         }
 
     def table(self):
         """The report as lines of text."""
-        files = len(self.rows_of_input)
-        lines = [("rows read", self.rows, f"in {files} file{'s' * (files != 1)}")]
+        values = self.as_dict()
+        lines = [("rows read", self.rows, f"in {values['files']} file{'s' * (values['files'] != 1)}")]
         lines += [(f"dropped: {key}", self.dropped[key], why) for key, why in DROP_RULES.items() if self.dropped[key]]
         lines += [("bad lines", count, f"{kind}, first at {first}") for kind, (count, first) in self.bad_kinds.items()]
         if self.blank_lines:
@@ -236,10 +228,10 @@ class CorpusReport(RowReport):
         table = [f"{name:<26}{count:>12,}  {note}".rstrip() for name, count, note in lines]
         if self.bad_lines_file:
             table.append(f"all bad lines: {self.bad_lines_file}")
-        table += [f"note: {path} has no rows" for path in self.files_without_rows]
-        table.append(f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.1f} s = {self.megabytes_per_second:.0f} MB/s, "
-                     f"{self.workers} worker{'s' * (self.workers != 1)}, peak memory {self.memory.total() / 1e6:.0f} MB")
-        return "\n".join(table)
+        table += [f"note: {path} has no rows" for path in values["files_without_rows"]]
+        speed = f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.1f} s = {values['megabytes_per_second']:.0f} MB/s"
+        workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
+        return "\n".join([*table, f"{speed}, {workers}, peak memory {values['peak_memory_bytes'] / 1e6:.0f} MB"])
 
     def refuse_empty_result(self):
         """Raise UserError, saying why, when no row was kept."""

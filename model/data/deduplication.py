@@ -88,8 +88,7 @@ class DuplicateFilter:
     """Remembers every kept document; `keep` answers which documents of the next block are new."""
 
     def __init__(self, exact, near):
-        self.exact = DigestSet() if exact else None
-        self.near = DigestSet() if near else None
+        self.exact, self.near = DigestSet() if exact else None, DigestSet() if near else None
 
     def keep(self, block, dropped):
         """bool [documents] of a Converted block; counts the others in `dropped`."""
