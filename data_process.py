@@ -9,22 +9,23 @@ Ends with a table: rows read, dropped by which rule, bad lines, kept, written, s
 counted, the first of its kind is named as file:line, and all of them are listed in <output>.bad_lines.txt.
 """
 
-import argparse
 import json
 import os
 import signal
 from pathlib import Path
 
+from model.cli import add_flags, checked, from_flags, positive_int, script_parser
 from model.data.corpus import process_corpus
 from model.data.filters import ConversationRules, PreferenceRules, PretrainRules
 from model.errors import UserError, run_main
 from model.files import atomic_write, expand_paths
 
 MOST_WORKERS = 4  # unless asked for: more wait for the one process that writes, and each needs 50 MB
-OUTPUTS = {
-    "pretrain": ("pretrain_data.csv",),
-    "sft": ("sft_data_single.csv", "sft_data.csv"),
-    "dpo": ("dpo/train_data.json",),
+RULES = {"pretrain": PretrainRules, "sft": ConversationRules, "dpo": PreferenceRules}
+OUTPUTS = {  # flag that names another file -> file in --output_dir
+    "pretrain": {"output": "pretrain_data.csv"},
+    "sft": {"output_single": "sft_data_single.csv", "output_multi": "sft_data.csv"},
+    "dpo": {"output": "dpo/train_data.json"},
 }
 EPILOGS = {
     "pretrain": 'Rows: {"text"} (Seq-Monkey, SkyPile), one JSON object a line or one JSON list. A document '
@@ -38,99 +39,58 @@ EPILOGS = {
 }
 
 
-def number(kind, low, high=float("inf")):
-    """argparse type: a number within low..high."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {low}..{high}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def build_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments():
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--output_dir", default="dataset", help="folder of the results (default: dataset)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared.add_argument("--workers", type=number(int, 1), default=min(cores, MOST_WORKERS),
-                        help=f"processes; the output does not depend on their number (default: all cores, at most "
-                        f"{MOST_WORKERS}; small inputs use one)")  # fmt: skip
-    shared.add_argument("--report", help="also write the final table as JSON to this file")
-    demo = commands.add_parser("demo", parents=[shared], help="build all data of the small built-in world")
+    demo = commands.add_parser("demo", help="build all data of the small built-in world")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--overwrite", action="store_true", help="also replace files that the demo did not make")
-    for name, rules in (("pretrain", PretrainRules()), ("sft", ConversationRules()), ("dpo", PreferenceRules())):
-        command = commands.add_parser(name, parents=[shared], help=" and ".join(OUTPUTS[name]), epilog=EPILOGS[name])
-        add_corpus_flags(command, rules)
-    commands.choices["pretrain"].add_argument("--output", help="file instead of OUTPUT_DIR/pretrain_data.csv")
-    sft = commands.choices["sft"]
-    sft.add_argument("--output_single", help="file instead of OUTPUT_DIR/sft_data_single.csv (rows without history)")
-    sft.add_argument("--output_multi", help="file instead of OUTPUT_DIR/sft_data.csv (rows with history)")
-    sft.add_argument("--language", default=ConversationRules.language, help='keep rows whose "language" field, where there is '
-                     'one, is this; "any" keeps all, for English also set --min_chinese 0 (default: Chinese)')  # fmt: skip
-    commands.choices["dpo"].add_argument("--output", help="file instead of OUTPUT_DIR/dpo/train_data.json")
-    return parser
+    for name in RULES:
+        help = " and ".join(OUTPUTS[name].values())
+        add_corpus_flags(commands.add_parser(name, help=help, epilog=EPILOGS[name]), name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for command in commands.choices.values():
+        command.add_argument("--output_dir", default="dataset", help="folder of the results (default: dataset)")
+        command.add_argument("--workers", type=positive_int, default=min(cores, MOST_WORKERS),
+                             help="processes; the output does not depend on their number (default: all cores, at most "
+                             f"{MOST_WORKERS}; small inputs use one)")  # fmt: skip
+        command.add_argument("--report", help="also write the final table as JSON to this file")
+    return parser.parse_args()
 
 
-def add_corpus_flags(parser, rules):
-    """Inputs and filters of one kind of rows; the defaults are those of `rules`."""
-    what = "document" if isinstance(rules, PretrainRules) else "each question and answer"
+def add_corpus_flags(parser, kind):
+    """Inputs, filters and outputs of one kind of rows."""
     parser.add_argument("--data_path", nargs="+", required=True, metavar="FILE",
                         help="files or quoted globs: .jsonl, .json, also .gz, .xz, .zst")  # fmt: skip
-    parser.add_argument("--min_chars", type=number(int, 0), default=rules.min_chars,
-                        help=f"least characters of {what} (default: {rules.min_chars})")  # fmt: skip
-    parser.add_argument("--max_chars", type=number(int, 0), default=rules.max_chars,
-                        help=f"most characters of {what}, longer ones are dropped; 0: no limit (default: {rules.max_chars})")  # fmt: skip
-    parser.add_argument("--min_chinese", type=number(float, 0, 1), default=rules.min_chinese,
-                        help="least share of Chinese characters; ASCII digits, punctuation and spaces do not count "
-                        f"(default: {rules.min_chinese})")  # fmt: skip
+    for flag, name in OUTPUTS[kind].items():
+        parser.add_argument(f"--{flag}", metavar="FILE", help=f"instead of OUTPUT_DIR/{name}")
+    add_flags(parser, RULES[kind], "filters")
     parser.add_argument("--no_dedup", action="store_true", help="keep exact duplicates")
     parser.add_argument("--near_dedup", action="store_true", help="also drop near duplicates (MinHash over runs of 5 characters)")
-    parser.add_argument("--near_dedup_threshold", type=number(float, 0.1, 0.99), default=0.8, metavar="SIMILARITY",
-                        help="Jaccard similarity from which --near_dedup drops a row (default: 0.8)")  # fmt: skip
-
-
-def rules_from(arguments):
-    limits = {name: getattr(arguments, name) for name in ("min_chars", "max_chars", "min_chinese")}
-    if 0 < arguments.max_chars < arguments.min_chars:
-        raise UserError("--min_chars is larger than --max_chars; nothing could be kept", exit_code=2)
-    if arguments.command == "pretrain":
-        return PretrainRules(**limits)
-    if arguments.command == "sft":
-        return ConversationRules(**limits, language=arguments.language)
-    return PreferenceRules(**limits)
-
-
-def output_paths(arguments):
-    names = ("output_single", "output_multi") if arguments.command == "sft" else ("output",)
-    defaults = [Path(arguments.output_dir) / name for name in OUTPUTS[arguments.command]]
-    return [Path(getattr(arguments, name) or default) for name, default in zip(names, defaults)]
+    parser.add_argument("--near_dedup_threshold", type=checked(float, {"least": 0.1, "most": 0.99}), default=0.8,
+                        metavar="SIMILARITY", help="Jaccard similarity from which --near_dedup drops a row (default: 0.8)")  # fmt: skip
 
 
 def main():
-    arguments = build_parser().parse_args()
+    args = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave as on Ctrl-C: no temporary files, one line
-    if arguments.command == "demo":
+    if args.command == "demo":
         from model.demo.files import build_demo
 
-        reports = build_demo(arguments.output_dir, arguments.seed, arguments.overwrite, arguments.workers)
-        return finish(reports, arguments.report)
-    rules = rules_from(arguments)
+        return finish(build_demo(args.output_dir, args.seed, args.overwrite, args.workers), args.report)
+    rules = from_flags(RULES[args.command], args)
+    if 0 < rules.max_chars < rules.min_chars:
+        raise UserError("--min_chars is larger than --max_chars; nothing could be kept", exit_code=2)
     report = process_corpus(
-        expand_paths(arguments.data_path),
-        output_paths(arguments),
+        expand_paths(args.data_path),
+        [getattr(args, flag) or Path(args.output_dir, name) for flag, name in OUTPUTS[args.command].items()],
         rules,
-        dedup=not arguments.no_dedup,
-        near_threshold=arguments.near_dedup_threshold if arguments.near_dedup else None,
-        workers=arguments.workers,
-        description=arguments.command,
+        dedup=not args.no_dedup,
+        near_threshold=args.near_dedup_threshold if args.near_dedup else None,
+        workers=args.workers,
+        description=args.command,
     )
-    finish({arguments.command: report}, arguments.report)
+    finish({args.command: report}, args.report)
 
 
 def finish(reports, report_path):

@@ -10,18 +10,11 @@ The folder the project ships was trained with (data/ holds rows with a "source";
         hiyouga/ "shibing624/MedicalGPT sharegpt" LianjiaTech/BELLE OpenLMLab/MOSS yangjianxin1/Firefly
 """
 
-import argparse
 import signal
 from pathlib import Path
 
-from model.cli import non_negative_int, positive_int
-from model.data.tokenizer_training import (
-    LARGEST_VOCABULARY,
-    SMALLEST_VOCABULARY,
-    characters_per_token,
-    read_sample,
-    train,
-)
+from model.cli import non_negative_int, positive_int, script_parser
+from model.data.tokenizer_training import VOCABULARY_SIZES, characters_per_token, read_sample, train
 from model.errors import UserError, run_main
 from model.files import expand_paths
 from model.tokenizer import DEFAULT_TOKENIZER_PATH, save_tokenizer
@@ -30,7 +23,7 @@ DEFAULT_INPUTS = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_data.csv")
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--data_path", nargs="+", metavar="FILE",
                         help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs. Rows have text, or history/q/a, or "
                         f"conversations (default: {' or '.join(DEFAULT_INPUTS)})")
@@ -46,21 +39,19 @@ def parse_arguments():
                         help="leave out groups whose name begins so")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sample (default: %(default)s)")
     args = parser.parse_args()
-    if not SMALLEST_VOCABULARY <= args.vocab_size <= LARGEST_VOCABULARY:
-        allowed = f"{SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}"
+    if args.vocab_size not in VOCABULARY_SIZES:
+        allowed = f"{VOCABULARY_SIZES[0]} to {VOCABULARY_SIZES[-1]}"
         raise UserError(f"--vocab_size {args.vocab_size}: must be {allowed}", exit_code=2)
+    args.data_path = args.data_path or [path for path in DEFAULT_INPUTS if Path(path).exists()][:1]
     if not args.data_path:
-        args.data_path = [path for path in DEFAULT_INPUTS if Path(path).exists()][:1]
-        if not args.data_path:
-            raise UserError(f"none of {', '.join(DEFAULT_INPUTS)} exists: name text with --data_path")
+        raise UserError(f"none of {', '.join(DEFAULT_INPUTS)} exists: name text with --data_path")
     return args
 
 
 def main():
     args = parse_arguments()
-    sample = read_sample(
-        expand_paths(args.data_path), args.max_chars, args.group_field, args.exclude_groups, args.seed
-    )
+    paths = expand_paths(args.data_path)
+    sample = read_sample(paths, args.max_chars, args.group_field, args.exclude_groups, args.seed)
     groups, excluded = len(sample.sizes), len(sample.sizes) - len(sample.kept_sizes)
     print(f"{sum(sample.sizes.values()):,} characters in {groups} groups, {excluded} groups excluded; "
           f"training on {sum(map(len, sample.texts)):,} characters of {len(sample.texts):,} documents")

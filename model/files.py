@@ -18,7 +18,6 @@ except ImportError:
 
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
-COMPRESSED_SUFFIXES = tuple(DECOMPRESSORS)
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -42,18 +41,18 @@ def open_binary(path):
 
 def uncompressed_suffix(path):
     """The suffix that tells the format: ".csv" for a.csv and a.csv.gz, "" for none."""
-    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in COMPRESSED_SUFFIXES), "")
+    return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in DECOMPRESSORS), "")
 
 
 def expand_paths(patterns):
     """Turn paths and glob patterns into a sorted list of existing files without repeats; an empty match is an error."""
-    paths = []
-    for pattern in patterns:
-        matches = sorted(glob.glob(str(pattern), recursive=True)) or ([str(pattern)] if Path(pattern).exists() else [])
-        if not matches:
+    paths = {}
+    for pattern in map(str, patterns):
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches and not Path(pattern).exists():  # a file's own name may look like a pattern
             raise UserError(f"{pattern}: no such file")
-        paths += [Path(match) for match in matches]
-    return list(dict.fromkeys(paths))
+        paths |= dict.fromkeys(map(Path, matches or [pattern]))
+    return list(paths)
 
 
 @contextlib.contextmanager
@@ -80,10 +79,9 @@ def atomic_write(path, mode="wb", **open_arguments):
 
 def sync_directory(directory):
     """Make a rename inside `directory` durable: POSIX needs an fsync of the directory itself, Windows cannot open one."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

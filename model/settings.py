@@ -13,8 +13,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def flag(default, help, kind=None, **limits):
-    """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, below,
-    choices, metavar. `{default}` in `help` shows the default."""
+    """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, most,
+    below, choices, metavar. `{default}` in `help` shows the default."""
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
 
@@ -30,10 +30,12 @@ class Checked:
                 raise UserError(f"--{field.name}: {problem}, got {value!r}", exit_code=2)
 
 
-def violation(value, least=-math.inf, below=math.inf, choices=None, metavar=None):
+def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None):
     """What is wrong with `value`, None if nothing."""
     if choices:
         return None if value in choices else f"choose one of {', '.join(choices)}"
+    if isinstance(value, (int, float)) and value > most:
+        return f"must be at most {most}"
     if isinstance(value, (int, float)) and not least <= value < below:
         return f"must be at least {least}" if value < least else "must be finite" if below == math.inf else f"must be below {below}"
     return None

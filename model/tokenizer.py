@@ -10,9 +10,9 @@ joined text wherever the pieces meet at a newline.
 """
 
 import codecs
+import functools
 import hashlib
 import json
-import weakref
 from pathlib import Path
 
 from model.errors import UserError
@@ -84,7 +84,7 @@ def save_tokenizer(backend, directory):
 
 
 class _Derived:
-    """What is computed once per tokenizer: an encoder that knows no control tokens, and the bytes behind every id."""
+    """What is computed once per tokenizer: an encoder that knows no control tokens, the frame of each role's turns."""
 
     def __init__(self, tokenizer):
         from tokenizers import Tokenizer
@@ -94,20 +94,12 @@ class _Derived:
         self.encoder = Tokenizer.from_str(json.dumps(definition))
         self.tail = [tokenizer.eos_token_id, *self.encode(["\n"])[0]]
         self.headers = {role: [tokenizer.bos_token_id, *self.encode([f"{role}\n"])[0]] for role in ROLES}
-        self.token_bytes = _token_bytes(tokenizer)
 
     def encode(self, texts):
         return [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-_derived_by_tokenizer = weakref.WeakKeyDictionary()
-
-
-def _derived(tokenizer):
-    derived = _derived_by_tokenizer.get(tokenizer)
-    if derived is None:
-        derived = _derived_by_tokenizer[tokenizer] = _Derived(tokenizer)
-    return derived
+_derived = functools.lru_cache(maxsize=4)(_Derived)  # of each tokenizer
 
 
 def encode_text(tokenizer, text):
@@ -167,20 +159,17 @@ def byte_characters():
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _token_bytes(tokenizer):
+@functools.lru_cache(maxsize=4)
+def token_bytes(tokenizer):
+    """The list of every id's bytes (control tokens: none); its lengths turn loss per token into bits per byte."""
     byte_of = {character: byte for byte, character in enumerate(byte_characters())}
     table = [b""] * len(tokenizer)
     for token, token_id in tokenizer.get_vocab().items():
-        known = all(character in byte_of for character in token)  # an added token is stored as plain text instead
+        known = byte_of.keys() >= set(token)  # an added token is stored as plain text instead
         table[token_id] = bytes(byte_of[character] for character in token) if known else token.encode()
     for token_id in tokenizer.all_special_ids:
         table[token_id] = b""
     return table
-
-
-def token_bytes(tokenizer):
-    """The list of every id's bytes (control tokens: none); its lengths turn loss per token into bits per byte."""
-    return _derived(tokenizer).token_bytes
 
 
 class StreamDecoder:

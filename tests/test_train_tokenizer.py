@@ -9,7 +9,8 @@ import random
 import pytest
 
 from conftest import assert_one_line_error, run_script
-from model.data.tokenizer_training import fair_shares, sample_documents
+from model.data.rows import RowReport
+from model.data.tokenizer_training import fair_shares, iter_documents, sample_documents
 from model.tokenizer import (
     SPECIAL_TOKENS,
     encode_text,
@@ -120,6 +121,19 @@ def test_shares_are_fair_and_spread_over_the_file(tmp_path):
     path = write_jsonl(tmp_path / "long.jsonl", [{"text": "长" * 100}])
     sample, held_out = sample_documents([path], None, {str(path): 100}, {str(path): 99}, seed=0)
     assert sample + held_out == ["长" * 99]
+
+
+def test_conversations_are_the_texts_of_their_turns(tmp_path):
+    pair, system = {"q": "丙", "a": "丁"}, {"role": "system", "content": "简短"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        {"history": [system, ["甲", "乙"]], **pair}, {"history": None, **pair}, {"history": [["甲"]], **pair},
+    ])
+    report = RowReport()
+    assert [text for _, text in iter_documents(path, None, report)] == ["简短\n甲\n乙\n丙\n丁", "丙\n丁"]
+    assert report.places == {'"history" is not a list of [question, answer]': [f"{path}:3"]}
+    turns = [system, {"from": "human", "value": "甲"}, {"from": "gpt", "value": "乙"}]
+    path = write_jsonl(tmp_path / "turns.jsonl", [{"conversations": turns}])
+    assert list(iter_documents(path, None, report)) == [(str(path), "简短\n甲\n乙")]
 
 
 def test_groups_by_field_can_be_left_out(tmp_path):

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,19 +25,18 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
+from model.data.conversations import BadRow
 from model.data.deduplication import DuplicateFilter, band_shape, minhash_bands
-from model.data.filters import DROP_RULES, BadRow, Dropped, chinese_share
+from model.data.filters import DROP_RULES, Dropped, chinese_share
 from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
 from model.errors import UserError
 from model.files import atomic_write, open_binary
+from model.memory import peak_memory
 
 BLOCK_BYTES = 1 << 20
 BLOCK_ITEMS = 500  # of a JSON list
 LONGEST_LINE_BYTES = 64 << 20  # a longer "line" is a wrong file; holding it would break the promise of flat memory
 PARALLEL_FROM_BYTES = 8 << 20  # below this, starting workers takes longer than the work
-
-
-# -------------------------------------------------------------------------------------------------- reading blocks
 
 
 class Block(NamedTuple):
@@ -108,13 +108,10 @@ def parse_list(path, data):
     raise UserError(f"{path}:{line}: the JSON list cannot be read ({reason}); mend it there or fetch the file again")
 
 
-# ------------------------------------------------------------------------------------------------ converting blocks
-
-
 class Converted(NamedTuple):
-    """What one block became. Documents are in input order; `ends` are the ends of their bytes in `payload`.
+    """What one block became: its kept documents in input order, which output each goes to, what to find duplicates by.
 
-    `dropped` counts rows by rule, `bad` has (where, kind, excerpt) of unreadable ones, `memory` is as of memory_now.
+    `dropped` counts rows by rule, `bad` has (where, kind, excerpt) of unreadable ones, `memory` is {process id: bytes}.
     """
 
     path: str
@@ -123,12 +120,11 @@ class Converted(NamedTuple):
     blank: int
     dropped: collections.Counter
     bad: list
-    payload: bytes
-    ends: np.ndarray
+    payloads: list
     outputs: np.ndarray
     digests: np.ndarray | None
     bands: np.ndarray | None
-    memory: tuple
+    memory: dict
 
 
 def convert_block(block, rules, dedup, near_bands):
@@ -136,7 +132,7 @@ def convert_block(block, rules, dedup, near_bands):
     kept, dropped, bad = [], collections.Counter(), list(block.problems)
     read, blank = len(bad), 0
     for number, row in rows_of(block):
-        if not row or row.isspace():
+        if not row.strip():
             blank += 1
             continue
         read += 1
@@ -148,19 +144,15 @@ def convert_block(block, rules, dedup, near_bands):
             bad.append((f"{block.place}{number}", str(reason), excerpt(row)))
     if rules.min_chinese > 0:
         kept = drop_foreign(kept, rules.min_chinese, dropped)
-    payloads = [row.payload for row in kept]
+    payloads, outputs = [row.payload for row in kept], np.array([row.output for row in kept], dtype=np.int8)
     digests = bands = None
     if dedup:
         joined = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
         digests = np.frombuffer(joined, dtype=np.uint64)
     if near_bands:
         bands = minhash_bands([row.text for row in kept], *near_bands)
-    ends = np.cumsum([len(payload) for payload in payloads], dtype=np.int64)
-    outputs = np.array([row.output for row in kept], dtype=np.int8)
-    payload = b"".join(payloads)
-    return Converted(
-        block.path, len(block.data), read, blank, dropped, bad, payload, ends, outputs, digests, bands, memory_now()
-    )
+    memory = {os.getpid(): peak_memory()}
+    return Converted(block.path, len(block.data), read, blank, dropped, bad, payloads, outputs, digests, bands, memory)
 
 
 def rows_of(block):
@@ -178,46 +170,33 @@ def drop_foreign(rows, least, dropped):
         return rows
     texts = [row.text for row in rows]
     lengths = np.array([len(text) for text in texts])
-    starts = np.cumsum(lengths) - lengths
     chinese = np.frombuffer(b"".join(texts), dtype=np.uint8) - np.uint8(0xE4) < 6
-    counts = np.add.reduceat(chinese, starts, dtype=np.int32)
+    counts = np.add.reduceat(chinese, np.cumsum(lengths) - lengths, dtype=np.int32)
     sure = (counts > 0) & (counts >= least * (lengths - 2 * counts))
     kept = [row for row, enough in zip(rows, sure.tolist()) if enough or chinese_share(row.text) >= least]
     dropped["min_chinese"] += len(rows) - len(kept)
     return kept
 
 
-def memory_now():
-    """(process id, resident bytes): on Windows the most so far, elsewhere those of this moment, the end of a block."""
-    memory = psutil.Process().memory_info()
-    return os.getpid(), getattr(memory, "peak_wset", memory.rss)
-
-
-# -------------------------------------------------------------------------------------------------------- the run
-
-
 class CorpusReport(RowReport):
     """A RowReport of a run, with its files and what it took. Whatever is not dropped by a rule is a bad line."""
 
-    def __init__(self, inputs, workers):
+    def __init__(self, inputs, outputs, workers):
         super().__init__()
-        self.files, self.files_without_rows, self.workers = len(inputs), [str(path) for path in inputs], workers
-        self.blank_lines, self.bad_lines_file, self.outputs = 0, None, {}
-        self.seconds, self.memory = 0.0, {}  # process id -> bytes
+        self.rows_of_input = {str(path): 0 for path in inputs}
+        self.outputs = {str(path): {"rows": 0, "bytes": 0, "left_as_it_was": False} for path in outputs}
+        self.blank_lines, self.bad_lines_file = 0, None
+        self.workers, self.seconds, self.memory = workers, 0.0, collections.Counter()  # process id -> bytes
 
     @property
     def bad_kinds(self):
         """{kind: [count, "file:line" of the first]}"""
         return {kind: [self.dropped[kind], places[0]] for kind, places in self.places.items() if kind not in DROP_RULES}
 
-    @property
-    def megabytes_per_second(self):
-        return self.bytes_read / 1e6 / max(self.seconds, 1e-9)
-
     def as_dict(self):
         """What --report writes."""
         return {
-            "files": self.files,
+            "files": len(self.rows_of_input),
             "rows_read": self.rows,
             "blank_lines": self.blank_lines,
             "dropped": {rule: self.dropped[rule] for rule in DROP_RULES if self.dropped[rule]},
@@ -225,18 +204,19 @@ class CorpusReport(RowReport):
             "bad_lines_file": self.bad_lines_file,
             "documents_kept": self.kept,
             "outputs": self.outputs,
-            "files_without_rows": self.files_without_rows,
+            "files_without_rows": [path for path, rows in self.rows_of_input.items() if not rows],
             "input_bytes": self.bytes_read,
             "seconds": self.seconds,
             "workers": self.workers,
-            "peak_memory_bytes": sum(self.memory.values()),
+            "peak_memory_bytes": self.memory.total(),
             "bad_lines": sum(count for count, _ in self.bad_kinds.values()),
-            "megabytes_per_second": round(self.megabytes_per_second, 1),
+            "megabytes_per_second": round(self.bytes_read / 1e6 / max(self.seconds, 1e-9), 1),
         }
 
     def table(self):
         """The report as lines of text."""
-        lines = [("rows read", self.rows, f"in {self.files} file{'s' * (self.files != 1)}")]
+        values = self.as_dict()
+        lines = [("rows read", self.rows, f"in {values['files']} file{'s' * (values['files'] != 1)}")]
         lines += [(f"dropped: {key}", self.dropped[key], why) for key, why in DROP_RULES.items() if self.dropped[key]]
         lines += [("bad lines", count, f"{kind}, first at {first}") for kind, (count, first) in self.bad_kinds.items()]
         if self.blank_lines:
@@ -245,22 +225,21 @@ class CorpusReport(RowReport):
         for path, written in self.outputs.items():
             size = "left as it was" if written["left_as_it_was"] else f"{written['bytes'] / 1e6:.1f} MB"
             lines.append(("rows written", written["rows"], f"{path}, {size}"))
-        text = "\n".join(f"{name:<26}{count:>12,}  {note}".rstrip() for name, count, note in lines)
+        table = [f"{name:<26}{count:>12,}  {note}".rstrip() for name, count, note in lines]
         if self.bad_lines_file:
-            text += f"\nall bad lines: {self.bad_lines_file}"
-        text += "".join(f"\nnote: {path} has no rows" for path in self.files_without_rows)
-        return text + (
-            f"\n{self.bytes_read / 1e6:.1f} MB in {self.seconds:.1f} s = {self.megabytes_per_second:.0f} MB/s, "
-            f"{self.workers} worker{'s' * (self.workers != 1)}, peak memory {sum(self.memory.values()) / 1e6:.0f} MB"
-        )
+            table.append(f"all bad lines: {self.bad_lines_file}")
+        table += [f"note: {path} has no rows" for path in values["files_without_rows"]]
+        speed = f"{self.bytes_read / 1e6:.1f} MB in {self.seconds:.1f} s = {values['megabytes_per_second']:.0f} MB/s"
+        workers = f"{self.workers} worker{'s' * (self.workers != 1)}"
+        return "\n".join([*table, f"{speed}, {workers}, peak memory {values['peak_memory_bytes'] / 1e6:.0f} MB"])
 
-    def refuse_empty_result(self, inputs):
+    def refuse_empty_result(self):
         """Raise UserError, saying why, when no row was kept."""
         if self.kept:
             return
         if not self.rows:
-            others = "" if len(inputs) == 1 else f"and {len(inputs) - 1} more: "
-            raise UserError(f"{inputs[0]}: {others}empty, no rows to read")
+            first, *others = self.rows_of_input
+            raise UserError(f"{first}: {f'and {len(others)} more: ' if others else ''}empty, no rows to read")
         ((reason, count),) = self.dropped.most_common(1)
         if reason in DROP_RULES:
             cause = f"{count:,} dropped by {reason}: {DROP_RULES[reason]}"
@@ -280,31 +259,29 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     as they were.
     """
     started = time.perf_counter()
-    inputs, outputs = [Path(path) for path in inputs], [Path(path) for path in outputs]
-    for path in outputs:
-        if path.resolve() in {source.resolve() for source in inputs}:
+    inputs, outputs = list(map(Path, inputs)), list(map(Path, outputs))
+    sources, targets = ([path.resolve() for path in paths] for paths in (inputs, outputs))
+    for path, target in zip(outputs, targets):
+        if target in sources:
             raise UserError(f"{path}: is both input and output; choose another output")
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise UserError(f"{outputs[0]}: is given for two different outputs; choose another for one of them")
+        if targets.count(target) > 1:
+            raise UserError(f"{path}: is given for two different outputs; choose another for one of them")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
-    report = CorpusReport(inputs, workers if size >= PARALLEL_FROM_BYTES else 1)
-    report.outputs = {str(path): {"rows": 0, "bytes": 0, "left_as_it_was": False} for path in outputs}
+    report = CorpusReport(inputs, outputs, workers if size >= PARALLEL_FROM_BYTES else 1)
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
     near_bands = band_shape(near_threshold) if near_threshold else None
     convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_bands=near_bands)
+    duplicates = DuplicateFilter(dedup, near_bands)
     try:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None))
             blocks = (block for path in inputs for block in read_blocks(path, bar.update))
             bad_lines = stack.enter_context(atomic_write(bad_lines_path))
-            files = [
-                (stack.enter_context(output_file(path, *frame, report.outputs[str(path)])), report.outputs[str(path)])
-                for path, frame in zip(outputs, rules.frames)
-            ]
-            duplicates = DuplicateFilter(dedup, near_bands)
+            written = report.outputs.values()
+            files = [stack.enter_context(output_file(*file)) for file in zip(outputs, rules.frames, written)]
             for block in convert_all(blocks, convert, report.workers):
                 merge_block(block, duplicates, files, bad_lines, report)
-            report.refuse_empty_result(inputs)
+            report.refuse_empty_result()
     except OSError as error:
         raise UserError(f"{error.filename or outputs[0]}: {error.strerror}; nothing was written") from error
     if report.bad_kinds:
@@ -320,11 +297,13 @@ class LeaveAsItWas(Exception):
 
 
 @contextlib.contextmanager
-def output_file(path, header, footer, written):
-    """atomic_write with a header and a footer, but a file without rows replaces no earlier one; completes `written`."""
+def output_file(path, frame, written):
+    """(handle, written) of atomic_write within a `frame`, (header, footer); completes `written`. A file without rows
+    replaces no earlier one."""
+    header, footer = frame
     with contextlib.suppress(LeaveAsItWas), atomic_write(path) as handle:
         handle.write(header)
-        yield handle
+        yield handle, written
         written["left_as_it_was"] = not written["rows"] and path.exists()
         if written["left_as_it_was"]:
             raise LeaveAsItWas
@@ -338,8 +317,7 @@ def convert_all(blocks, convert, workers):
         yield from map(convert, blocks)
         return
     # spawn: a forked copy of a process with threads (NumPy's, the progress bar's) may hang.
-    context = multiprocessing.get_context("spawn")
-    waiting = collections.deque()
+    context, waiting = multiprocessing.get_context("spawn"), collections.deque()
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         try:
             for block in blocks:
@@ -383,11 +361,12 @@ def start_worker(parent):
 def merge_block(block, duplicates, files, bad_lines, report):
     """Write the new documents of a Converted block to `files` (handle, counts) and add everything up in `report`."""
     report.rows += block.read
+    report.rows_of_input[block.path] += block.read
     report.blank_lines += block.blank
     report.bytes_read += block.input_bytes
     report.dropped.update(block.dropped)
-    if block.read and block.path in report.files_without_rows:
-        report.files_without_rows.remove(block.path)
+    report.memory |= block.memory  # the larger of two counts
+    report.memory |= {os.getpid(): peak_memory()}
     for where, kind, text in block.bad:
         report.drop(kind, where)
         bad_lines.write(f"{where}: {kind}: {text}\n".encode())
@@ -395,16 +374,6 @@ def merge_block(block, duplicates, files, bad_lines, report):
     for number, (handle, written) in enumerate(files):
         chosen = kept & (block.outputs == number)
         if chosen.any():
-            data = select_payload(block, chosen)
+            data = b"".join(itertools.compress(block.payloads, chosen.tolist()))
             handle.write(data if written["rows"] else data.removeprefix(b","))  # a JSON list begins without one
             written["rows"] += int(chosen.sum())
-    for process, size in (block.memory, memory_now()):
-        report.memory[process] = max(size, report.memory.get(process, 0))
-
-
-def select_payload(block, chosen):
-    """The bytes of the `chosen` documents (bool [documents]) of a Converted block."""
-    if chosen.all():
-        return block.payload
-    starts = np.concatenate([[0], block.ends[:-1]])
-    return b"".join([block.payload[start:end] for start, end in zip(starts[chosen], block.ends[chosen])])

@@ -88,12 +88,11 @@ class DuplicateFilter:
     """Remembers every kept document; `keep` answers which documents of the next block are new."""
 
     def __init__(self, exact, near):
-        self.exact = DigestSet() if exact else None
-        self.near = DigestSet() if near else None
+        self.exact, self.near = DigestSet() if exact else None, DigestSet() if near else None
 
     def keep(self, block, dropped):
         """bool [documents] of a Converted block; counts the others in `dropped`."""
-        kept = np.ones(len(block.ends), dtype=bool)
+        kept = np.ones(len(block.payloads), dtype=bool)
         if self.exact:
             kept = self.exact.add(block.digests)
             dropped["duplicate"] += int((~kept).sum())

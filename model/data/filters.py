@@ -6,6 +6,7 @@ from typing import NamedTuple
 import orjson
 
 from model.data.conversations import BadRow, raw_conversation, raw_preference, string, to_columns
+from model.settings import Checked, flag
 
 
 class Dropped(Exception):
@@ -23,10 +24,7 @@ DROP_RULES = {
     "duplicate": "exact duplicate (--no_dedup keeps them)",
     "near_duplicate": "near duplicate (--near_dedup)",
 }
-
-
-# ---------------------------------------------------------------------------------------------------------- text
-
+CHINESE_NAMES = ("chinese", "zh", "zh-cn", "zh_cn", "cn", "中文")
 # In UTF-8 the lead bytes E4-E9 begin exactly the characters U+4000-U+9FFF, so bytes can be counted in place of characters.
 NOT_CHINESE = bytes(set(range(256)) - set(range(0xE4, 0xEA)))
 NOT_A_LETTER = bytes(byte for byte in range(0xC0) if not (byte < 128 and chr(byte).isalpha()))
@@ -41,21 +39,12 @@ def chinese_share(utf8):
     return len(utf8.translate(None, NOT_CHINESE)) / max(len(utf8.translate(None, NOT_A_LETTER)), 1)
 
 
-CHINESE_NAMES = ("chinese", "zh", "zh-cn", "zh_cn", "cn", "中文")
-
-
-# -------------------------------------------------------------------------------- rules: one row in, one row out
-
-
 class Row(NamedTuple):
-    """A kept document: which output it goes to, its bytes there, how many rows they are.
-
-    `text` is its UTF-8 text for the share of Chinese and --near_dedup; punctuation of the file format does no harm there.
-    """
+    """A kept document: which output it goes to, its bytes there, and its UTF-8 text for the share of Chinese and
+    --near_dedup, where punctuation of the file format does no harm."""
 
     output: int
     payload: bytes
-    rows: int
     text: bytes
 
 
@@ -64,42 +53,49 @@ def csv_field(text):
     return '"' + text.replace('"', '""') + '"'
 
 
-def check_length(text, low, high=0):
-    """Drop the row if `text` is blank or has not low..high characters (high 0: no upper bound)."""
-    if not text or text.isspace():
-        raise Dropped("empty")
-    if len(text) < low:
-        raise Dropped("min_chars")
-    if 0 < high < len(text):
-        raise Dropped("max_chars")
+@dataclasses.dataclass(frozen=True)
+class Rules(Checked):
+    """What all kinds of rows have in common; `convert` makes a Row of a record, or raises BadRow or Dropped."""
+
+    min_chars: int = flag(1, "least characters of each question and answer (default: {default})", least=0)
+    max_chars: int = flag(2048, "most characters of each question and answer, longer ones are dropped; 0: no limit "
+                          "(default: {default})", least=0)  # fmt: skip
+    min_chinese: float = flag(0.3, "least share of Chinese characters; ASCII digits, punctuation and spaces do not count "
+                              "(default: {default})", least=0, most=1)  # fmt: skip
+
+    def check_lengths(self, *texts):
+        for text in texts:
+            if not text.strip():
+                raise Dropped("empty")
+            if len(text) < self.min_chars:
+                raise Dropped("min_chars")
+            if 0 < self.max_chars < len(text):
+                raise Dropped("max_chars")
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainRules:
+class PretrainRules(Rules):
     """{"text"} -> column text. A document stays whole."""
 
-    min_chars: int = 5
-    max_chars: int = 0
-    min_chinese: float = 0.3
+    min_chars: int = flag(5, "least characters of a document (default: {default})", least=0)
+    max_chars: int = flag(0, "most characters of a document, longer ones are dropped; 0: no limit (default: {default})", least=0)
     frames = ((b"text\n", b""),)
 
     def convert(self, record):
         if "text" not in record:
             raise BadRow('no "text" field')
         text = string(record["text"], "text")
-        check_length(text, self.min_chars, self.max_chars)
+        self.check_lengths(text)
         payload = (csv_field(text) + "\n").encode()
-        return Row(0, payload, 1, payload)
+        return Row(0, payload, payload)
 
 
 @dataclasses.dataclass(frozen=True)
-class ConversationRules:
+class ConversationRules(Rules):
     """Instruction and conversation rows -> columns history, q, a; output 0 for a single exchange, 1 for several."""
 
-    min_chars: int = 1
-    max_chars: int = 2048
-    min_chinese: float = 0.3
-    language: str = "Chinese"
+    language: str = flag("Chinese", 'keep rows whose "language" field, where there is one, is this; "any" keeps all, '
+                         "for English also set --min_chinese 0 (default: {default})")  # fmt: skip
     frames = ((b"history,q,a\n", b""), (b"history,q,a\n", b""))
 
     def convert(self, record):
@@ -108,14 +104,13 @@ class ConversationRules:
             raise Dropped("language")
         messages = raw_conversation(record)
         history, question, answer = to_columns(messages)
-        for text in (question, answer):
-            check_length(text, self.min_chars, self.max_chars)
-        if any(not message["content"] or message["content"].isspace() for message in messages):
+        self.check_lengths(question, answer)
+        if any(not message["content"].strip() for message in messages):
             raise Dropped("empty")
         fields = orjson.dumps(history).decode(), question, answer
         payload = (",".join(map(csv_field, fields)) + "\n").encode()
         several = any(message["role"] == "assistant" for message in messages[:-1])
-        return Row(int(several), payload, 1, payload)
+        return Row(int(several), payload, payload)
 
     def wants(self, spoken):
         wanted = self.language.lower()
@@ -123,12 +118,9 @@ class ConversationRules:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceRules:
+class PreferenceRules(Rules):
     """Preference rows -> a JSON list of {prompt, chosen, rejected}; with a system turn the prompt is a list of messages."""
 
-    min_chars: int = 1
-    max_chars: int = 2048
-    min_chinese: float = 0.3
     frames = ((b"[", b"\n]\n"),)
 
     def convert(self, record):
@@ -136,10 +128,9 @@ class PreferenceRules:
         *system, question = messages
         if any(message["role"] != "system" for message in system):
             raise Dropped("history")
-        for text in (question["content"], chosen, rejected):
-            check_length(text, self.min_chars, self.max_chars)
+        self.check_lengths(question["content"], chosen, rejected)
         if chosen == rejected:
             raise Dropped("same_answers")
         row = {"prompt": messages if system else question["content"], "chosen": chosen, "rejected": rejected}
         texts = [*(message["content"] for message in messages), chosen, rejected]
-        return Row(0, b",\n" + orjson.dumps(row), 1, "\n".join(texts).encode())
+        return Row(0, b",\n" + orjson.dumps(row), "\n".join(texts).encode())

@@ -35,17 +35,16 @@ class RowReport:
     def kept(self):
         return self.rows - self.dropped.total()
 
-    def drop(self, reason, place=None, count=1):
-        """Count `count` rows left out for `reason`; the first few places are remembered."""
-        self.dropped[reason] += count
+    def drop(self, reason, place=None):
+        """Count a row left out for `reason`; the first few places are remembered."""
+        self.dropped[reason] += 1
         places = self.places.setdefault(reason, [])
         if place is not None and len(places) < PLACES_KEPT:
             places.append(place)
 
-    def note(self, what, count=1):
-        """Count kept rows that were changed, such as a history cut short."""
-        if count:
-            self.notes[what] += count
+    def note(self, what):
+        """Count a kept row that was changed, such as a history cut short."""
+        self.notes[what] += 1
 
     def summary(self):
         """Readable lines: rows kept, then each reason with its count and first places."""
@@ -60,17 +59,12 @@ class RowReport:
         """Plain JSON values, so that a token cache can repeat what was left out when it was built."""
         return {name: getattr(self, name) for name in ("rows", "bytes_read", "dropped", "notes", "places")}
 
-    def copy(self):
-        """An independent report with the same counts."""
-        return RowReport.from_dict(self.to_dict())
-
     @classmethod
     def from_dict(cls, values):
         report = cls()
-        report.rows, report.bytes_read = values["rows"], values["bytes_read"]
+        report.rows, report.bytes_read, report.places = values["rows"], values["bytes_read"], values["places"]
         report.dropped.update(values["dropped"])
         report.notes.update(values["notes"])
-        report.places = {reason: list(places) for reason, places in values["places"].items()}
         return report
 
 
@@ -120,12 +114,11 @@ def iter_json_lines(path, report=None):
     """
     for number, line in read_lines(path, report):
         if line.strip():
-            record, problem = None, None
             try:
-                record = parse_object(line)
+                found = parse_object(line), None
             except ValueError as error:
-                problem = str(error)
-            yield f"{path}:{number}", record, problem
+                found = None, str(error)
+            yield f"{path}:{number}", *found
 
 
 def iter_records(path, columns, report=None, json_columns=(), alternative=None):
@@ -134,14 +127,11 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     columns: names every row must have; others are ignored. json_columns hold JSON (a text cell in .csv, any value in
     .jsonl; an empty cell is None) and come out parsed. alternative: a column that may stand in for all of `columns`
     (in SFT: "conversations"). In .csv a row ends as the header line does, in "\n" or "\r\n"; any other carriage return
-    belongs to a value.
-    Bad rows (not JSON, wrong number of fields, broken UTF-8, a value that isn't text) are
-    counted in `report` with file:line (the physical line on which the row begins) and skipped; without a report a
-    summary goes to stderr at the end. Raises UserError: no such file, empty file, unknown suffix, missing column
-    (naming the columns found), no readable row at all.
+    belongs to a value. Bad rows are counted in `report` with file:line (the physical line on which the row begins) and
+    skipped; without a report a summary goes to stderr at the end. Raises UserError: no such file, empty file, unknown
+    suffix, missing column (naming the columns found), no readable row at all.
     """
-    own_report = report is None
-    report = RowReport() if own_report else report
+    own_report, report = report is None, report or RowReport()
     reader = {".csv": _csv_records, ".jsonl": _jsonl_records}.get(uncompressed_suffix(path))
     if not reader:
         raise UserError(f"{path}: expected a .csv or .jsonl file (also .gz, .xz, .zst)")
@@ -159,9 +149,7 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         raise UserError(f"{path}: is empty, it has no rows")
     if not kept:
         found = f"; {record}" if isinstance(record, str) else ""
-        raise UserError(
-            f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}"
-        )
+        raise UserError(f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}")
     if own_report and (report.dropped or report.notes):
         print("\n".join(report.summary()), file=sys.stderr)
 
@@ -205,7 +193,7 @@ def _csv_rows(path, report):
     lines = _CsvLines(read_lines(path, report))
     reader = csv.reader(lines, strict=True)
     while True:
-        lines.row, lines.marked = [], bool(lines.again) and lines.marked
+        lines.row, lines.marked = [], bool(lines.again)
         fields = problem = None
         try:
             fields = next(reader)
@@ -219,7 +207,6 @@ def _csv_rows(path, report):
                 problem = "the row ends in \\r\\n but the header line in \\n"
             # Go on with the second line of this row: an unclosed quote must not swallow the rows behind it.
             lines.again.extendleft(reversed(lines.row[1:]))
-            lines.marked = True
         elif lines.marked:
             if any(map(UNDECODED_BYTE.search, fields)):
                 problem = "not UTF-8"
@@ -244,9 +231,9 @@ def _csv_records(path, report, columns, json_columns, alternative):
             raise UserError(f"{path}: no column {column!r}; columns found: {', '.join(header)}")
     positions = [(column, header.index(column), column in json_columns) for column in columns]
     for place, fields, problem in rows:
+        record = {}
         if problem is None and len(fields) != len(header):
             problem = "wrong number of fields"
-        record = {}
         if problem is None:
             for column, position, is_json in positions:
                 record[column] = fields[position]

@@ -12,29 +12,26 @@ differ from GPT-2's recipe for the sake of Chinese:
 """
 
 import collections
+import contextlib
 import dataclasses
+import itertools
 import json
 import random
 import sys
 
 from tqdm import tqdm
 
+from model.data.conversations import BadRow, parse_row
 from model.data.rows import RowReport, iter_records, read_lines
 from model.errors import UserError
 from model.files import uncompressed_suffix
 from model.tokenizer import ROLES, SPECIAL_TOKENS, byte_characters
 
-COLUMN_LAYOUTS = (("text",), ("history", "q", "a"))
-JSON_COLUMNS = ("history", "conversations")
 # One token each, however rare in the sample: the names in every turn's header, and the blank of exam questions.
 WHOLE_WORDS = (*ROLES, "____")
 CHARACTER_SHARE = 20e-6  # characters rarer than this are better spelled by their bytes than given a word of their own
 HELD_OUT_SHARE = 0.01
-SMALLEST_VOCABULARY = 512
-LARGEST_VOCABULARY = 1 << 16  # the token cache stores uint16
-
-
-# ---------------------------------------------------------------------------------------------------- text to train on
+VOCABULARY_SIZES = range(512, (1 << 16) + 1)  # the token cache stores uint16
 
 
 @dataclasses.dataclass
@@ -64,51 +61,36 @@ def read_sample(paths, max_characters, group_field=None, excluded=(), seed=0):
 def iter_documents(path, group_field, report):
     """Stream (group, text) of a file: of a row of .csv/.jsonl (turns are joined by newlines), of a line of .txt."""
     if uncompressed_suffix(path) == ".txt":
-        yield from ((str(path), line) for line in iter_text_lines(path, report))
+        yield from ((str(path), line) for line in iter_text_lines(path, report) if line)
         return
     columns = column_layout(path) + ((group_field,) if group_field else ())
-    for row in iter_records(path, columns, report, JSON_COLUMNS, alternative="conversations"):
+    for row in iter_records(path, columns, report, ("history", "conversations"), "conversations"):
         try:
-            yield row.get(group_field) or str(path), row_text(row)
-        except (TypeError, KeyError, ValueError):
-            report.drop("history or conversations does not hold texts", report.place)
+            texts = [row["text"]] if "text" in row else [message["content"] for message in parse_row(row)]
+        except BadRow as error:
+            report.drop(str(error), report.place)
+        else:
+            yield row.get(group_field) or str(path), "\n".join(texts)
 
 
 def iter_text_lines(path, report):
     for number, line in read_lines(path, report):
         report.rows += 1
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
+            yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             report.drop("not UTF-8", f"{path}:{number}")
-        else:
-            if text:
-                yield text
     if not report.rows:
         raise UserError(f"{path}: is empty, it has no lines")
 
 
 def column_layout(path):
-    """The columns of the first layout of which the file has a readable row; if none, the first layout's UserError."""
-    complaints = []
-    for columns in COLUMN_LAYOUTS:
-        try:
-            next(iter_records(path, columns, RowReport(), JSON_COLUMNS, alternative="conversations"))
+    """The columns, of texts or of conversations, of which the file has a readable row."""
+    for columns in (("text",), ("history", "q", "a")):
+        with contextlib.suppress(UserError):
+            next(iter_records(path, columns, RowReport(), ("history", "conversations"), "conversations"))
             return columns
-        except UserError as error:
-            complaints.append(error)
-    raise complaints[0]
-
-
-def row_text(row):
-    if "conversations" in row:
-        texts = [message["content"] for message in row["conversations"]]
-    elif "text" in row:
-        texts = [row["text"]]
-    else:
-        earlier = [text for question, answer in row["history"] or [] for text in (question, answer)]
-        texts = [*earlier, row["q"], row["a"]]
-    return "\n".join(texts)
+    return ("text",)  # whoever reads these is told what is wrong
 
 
 def count_groups(paths, group_field):
@@ -151,9 +133,6 @@ def sample_documents(paths, group_field, sizes, shares, seed):
     return sample, held_out
 
 
-# --------------------------------------------------------------------------------------------------------- training
-
-
 def choose_alphabet(counts, room):
     """The frequent characters, most frequent first; their merges take at most `room` words."""
     lowest = max(2, CHARACTER_SHARE * counts.total())
@@ -172,14 +151,13 @@ def learn_character_merges(sample, alphabet, count):
     """Byte-pair encoding over characters: the first `count` merges as (left, right) texts, by falling frequency."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    known = set(alphabet)
     # Nothing merges across a rare character, as nothing does across a newline.
-    rare = {ord(character): "\n" for character in set().union(*map(set, sample)) - known}
+    rare = {ord(character): "\n" for character in set().union(*sample) - set(alphabet)}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\n+"), "removed"), pre_tokenizers.Digits(individual_digits=True)]
     )
-    trainer = trainers.BpeTrainer(vocab_size=len(known) + count, min_frequency=2, show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + count, min_frequency=2, show_progress=sys.stderr.isatty())
     tokenizer.train_from_iterator((text.translate(rare) for text in sample), trainer, length=len(sample))
     return [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
 
@@ -193,34 +171,20 @@ class ByteLevelVocabulary:
         self.words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *sorted(self.character)))}
         self.merges = {}  # a dict keeps the order and drops repeats
 
-    def spell(self, data):
-        return "".join(self.character[byte] for byte in data)
+    def spell(self, text):
+        """`text` with a character for each of its bytes, as words are written."""
+        return "".join(self.character[byte] for byte in text.encode())
 
     def add(self, left, right):
-        """Merge two words given as bytes, if there is room for the result."""
-        left, right = self.spell(left), self.spell(right)
+        """Merge two words, if there is room for the result."""
         if left + right in self.words or len(self.words) < self.size:
             self.words.setdefault(left + right, len(self.words))
             self.merges[left, right] = None
 
-    def add_character(self, character):
-        utf8 = character.encode()
-        for length in range(1, len(utf8)):
-            self.add(utf8[:length], utf8[length : length + 1])
-
     def add_whole_word(self, word):
         """Make one word of the pieces `word` is encoded as; these merges come last, so other text keeps its words."""
-        backend = self.backend()
-        pieces = [backend.decoder.decode([piece]).encode() for piece in backend.encode(word).tokens]
-        while len(pieces) > 1:
-            left, right = pieces[:2]
-            self.add(left, right)
-            merged = []
-            while pieces:
-                merged.append(pieces.pop(0))
-                if merged[-1] == left and pieces[:1] == [right]:
-                    merged[-1] += pieces.pop(0)
-            pieces = merged
+        while len(pieces := self.backend().encode(word).tokens) > 1:
+            self.add(*pieces[:2])
 
     def backend(self):
         """The standard `tokenizers.Tokenizer` of these words."""
@@ -240,23 +204,21 @@ class ByteLevelVocabulary:
 def train(sample, vocab_size):
     """Train on a list of texts -> tokenizers.Tokenizer. Raises UserError when the text has too few different words."""
     vocabulary = ByteLevelVocabulary(vocab_size)
-    room = vocab_size - len(vocabulary.words)
-    counts = collections.Counter()
-    for text in sample:
-        counts.update(text)
+    counts = collections.Counter(itertools.chain.from_iterable(sample))
     del counts["\n"]
-    alphabet = choose_alphabet(counts, room * 2 // 3)
-    for character in alphabet:
-        vocabulary.add_character(character)
-    room = vocab_size - len(vocabulary.words)
-    merges = learn_character_merges(sample, alphabet, room)
-    reserved = sum(len(word) - 1 for word in WHOLE_WORDS)
-    for left, right in merges[: max(0, len(merges) - reserved)]:
-        vocabulary.add(left.encode(), right.encode())
+    alphabet = choose_alphabet(counts, (vocab_size - len(vocabulary.words)) * 2 // 3)
+    for character in map(vocabulary.spell, alphabet):
+        for length in range(1, len(character)):
+            vocabulary.add(character[:length], character[length])
+    merges = learn_character_merges(sample, alphabet, vocab_size - len(vocabulary.words))
+    merges = [tuple(map(vocabulary.spell, merge)) for merge in merges]
+    common = max(0, len(merges) - sum(len(word) - 1 for word in WHOLE_WORDS))
+    for left, right in merges[:common]:
+        vocabulary.add(left, right)
     for word in WHOLE_WORDS:
         vocabulary.add_whole_word(word)
-    for left, right in merges[max(0, len(merges) - reserved) :]:
-        vocabulary.add(left.encode(), right.encode())
+    for left, right in merges[common:]:
+        vocabulary.add(left, right)
     if len(vocabulary.words) < vocab_size:
         raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
                         f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size")

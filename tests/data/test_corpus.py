@@ -16,16 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.data import corpus
+from model.data.conversations import BadRow
 from model.data.corpus import Block, convert_block, drop_foreign, process_corpus, read_blocks, rows_of
-from model.data.filters import (
-    BadRow,
-    ConversationRules,
-    Dropped,
-    PreferenceRules,
-    PretrainRules,
-    Row,
-    chinese_share,
-)  # fmt: skip
+from model.data.filters import ConversationRules, Dropped, PreferenceRules, PretrainRules, Row, chinese_share
 from model.data.rows import iter_records
 from model.errors import UserError
 
@@ -68,7 +61,7 @@ def test_share_of_chinese_counts_characters(text):
 @given(st.lists(ANY_TEXT | st.text("中a1é。 ", min_size=1, max_size=20), max_size=20), st.sampled_from([0.01, 0.3, 0.5, 0.9, 1.0]))
 def test_the_blockwise_filter_agrees_with_the_share(texts, least):
     dropped = {"min_chinese": 0}
-    rows = [Row(0, b"", 1, text.encode()) for text in texts]
+    rows = [Row(0, b"", text.encode()) for text in texts]
     kept = drop_foreign(rows, least, dropped)
     assert kept == [row for row in rows if chinese_share(row.text) >= least]
     assert dropped["min_chinese"] == len(rows) - len(kept)
