@@ -1,8 +1,7 @@
 """What a conversation is: a list of messages {"role", "content"} with a role of model.tokenizer.ROLES, and only that.
 
-Files spell it in many ways; they are read here into messages and written back from them. The project's own columns are
-history, q, a: history is a JSON list of [question, answer], in which a system turn stands as {"role": "system",
-"content": text}, usually as the first item.
+Files spell it in many ways. The project's own columns are history, q, a: history is a JSON list of [question, answer],
+in which a system turn stands as {"role": "system", "content": text}, usually as the first item.
 """
 
 import itertools
@@ -163,10 +162,8 @@ def split_reply(value, field):
 
 
 def alternate(messages):
-    """The same conversation with user and assistant taking turns, the user first; neighbours of a role are joined.
-
-    A system turn stays one before a question; behind a question or before an answer it belongs to the question.
-    """
+    """The same conversation with user and assistant taking turns, the user first; neighbours of a role are joined. A
+    system turn stays one before a question; behind a question or before an answer it belongs to the question."""
     turns = []
     for turn in messages:
         role, content = turn["role"], turn["content"]

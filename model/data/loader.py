@@ -29,8 +29,7 @@ class ResumableSampler:
 
     def order(self, epoch):
         """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into
-        groups, and the groups come in random order (an incomplete one last, so that batches and groups stay aligned).
-        """
+        groups in random order (an incomplete one last, so that batches and groups stay aligned)."""
         generator, order = np.random.default_rng((self.seed, 2, epoch)), np.arange(self.num_rows)
         generator.shuffle(order)
         if self.lengths is not None:

@@ -1,9 +1,8 @@
 """The token cache: a file is tokenised once, on all cores, into memory-mapped arrays for every later start and rank.
 
-A cache is a folder named <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file. The fingerprint
-covers the bytes of the data file, the tokenizer and the format, so a cache is either right or not found. The folder
-gets its name only when complete. hashes.json beside it remembers the hash of each data file, so that an unchanged one
-is not read again.
+A cache is a folder <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file, named so only when
+complete. The fingerprint covers the bytes of the data file, the tokenizer and the format: a cache is either right or
+not found. hashes.json beside it remembers the hash of each data file, so that an unchanged one is not read again.
 """
 
 import collections
@@ -76,10 +75,8 @@ class PretrainEncoding:
 
 
 class SFTEncoding:
-    """Conversations, as far as they fit into max_seq_len, -> tokens and mask of join_turns, row_lengths, row_ends.
-
-    A row of which nothing fits has length 0: the split into training and validation counts it.
-    """
+    """Conversations, as far as they fit into max_seq_len, -> tokens and mask of join_turns, row_lengths, row_ends. A
+    row of which nothing fits has length 0: the split into training and validation counts it."""
 
     kind = "sft"
 
@@ -214,10 +211,8 @@ def _lock(directory):
 def _abandoned(folder):
     """Whether the process of this host that an unfinished folder is named after is dead, or nobody wrote for a day."""
     owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-", folder.name)
-    if owner and not psutil.pid_exists(int(owner[1])):
-        return True
-    newest = max(file.stat().st_mtime for file in [folder, *folder.iterdir()])
-    return time.time() - newest > LEFTOVER_SECONDS
+    dead = owner and not psutil.pid_exists(int(owner[1]))
+    return dead or time.time() - max(file.stat().st_mtime for file in [folder, *folder.iterdir()]) > LEFTOVER_SECONDS
 
 
 def _build(path, stamp, tokenizer, encoding, folder):
@@ -227,8 +222,7 @@ def _build(path, stamp, tokenizer, encoding, folder):
     temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
     temporary.mkdir()
     try:
-        report, arrays = _write_arrays(path, tokenizer, encoding, temporary)
-        description = {"arrays": arrays, "report": report.to_dict()}
+        description = _write_arrays(path, tokenizer, encoding, temporary)
         (temporary / "cache.json").write_text(json.dumps(description, ensure_ascii=False, indent=1))
         if content_hash(path, folder.parent, read=False)[0] != stamp:
             raise UserError(f"{path}: changed while it was being tokenised; start again when it is complete")
@@ -243,7 +237,7 @@ def _build(path, stamp, tokenizer, encoding, folder):
 
 
 def _write_arrays(path, tokenizer, encoding, folder):
-    """Append the arrays of every block to <name>.bin; returns the RowReport and {name: {dtype, length}}."""
+    """Append the arrays of every block to <name>.bin; returns what cache.json says of them and of the rows."""
     report, arrays, num_tokens = RowReport(), {}, 0
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     total = os.path.getsize(path) if path.suffix in (".csv", ".jsonl") else None
@@ -262,7 +256,7 @@ def _write_arrays(path, tokenizer, encoding, folder):
             os.fsync(file.fileno())
     if not num_tokens:
         raise UserError(f"{path}: no row left to learn from; " + "; ".join(line.strip() for line in report.summary()))
-    return report, arrays
+    return {"arrays": arrays, "report": report.to_dict()}
 
 
 def _encoded_blocks(tokenizer, items):
