@@ -1,8 +1,7 @@
 """What a conversation is: a list of messages {"role", "content"} with a role of model.tokenizer.ROLES, and only that.
 
-Files spell it in many ways; they are read here into messages and written back from them. The project's own columns are
-history, q, a: history is a JSON list of [question, answer], in which a system turn stands as {"role": "system",
-"content": text}, usually as the first item.
+Files spell it in many ways. The project's own columns are history, q, a: history is a JSON list of [question, answer],
+in which a system turn stands as {"role": "system", "content": text}, usually as the first item.
 """
 
 import itertools
@@ -11,15 +10,10 @@ import orjson
 
 PAIR_FIELDS = (("q", "a"), ("instruction", "output"), ("question", "answer"), ("prompt", "response"))
 PROMPT_FIELDS = ("prompt", "question", "conversations", "messages", "instruction")
-REPLY_FIELDS = (
-    ("chosen", "response_chosen", "chosen_response"),
-    ("rejected", "reject", "response_rejected", "rejected_response"),
-)
-ROLE_OF = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
-    "system": "system",
-}
+CHOSEN = ("chosen", "response_chosen", "chosen_response")
+REJECTED = ("rejected", "reject", "response_rejected", "rejected_response")
+ROLE_OF = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
+ROLE_OF |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
 
 
 class BadRow(Exception):
@@ -35,9 +29,6 @@ def string(value, field):
 
 def message(role, content):
     return {"role": role, "content": content}
-
-
-# ------------------------------------------------------------------------------- rows of files, as they stand there
 
 
 def parse_row(record):
@@ -57,9 +48,9 @@ def parse_prompt(record, field):
     if isinstance(record[field], list):
         return parse_messages(record[field])
     question = string(record[field], field)
-    return [
-        message("user", join(question, string(record.get("input"), "input")) if field == "instruction" else question)
-    ]
+    if field == "instruction":
+        question = join(question, string(record.get("input"), "input"))
+    return [message("user", question)]
 
 
 def parse_history(history):
@@ -85,25 +76,20 @@ def parse_history(history):
 
 
 def parse_messages(items):
-    """Messages of a list of conversation turns."""
+    """Messages of a list of turns, spelled role/content or from/value, with any usual name of the role."""
     if not isinstance(items, list) or not items:
         raise BadRow("the conversation is not a list of turns")
-    return list(map(parse_message, items))
-
-
-def parse_message(item):
-    """One turn in either usual spelling, role/content or from/value, and with any usual name of the role."""
-    if not isinstance(item, dict):
-        raise BadRow("a conversation turn is not an object with role and content")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if not isinstance(role, str) or role not in ROLE_OF:
-        raise BadRow("a conversation turn has an unknown role")
-    if not isinstance(content, str):
-        raise BadRow("a conversation turn has no content that is text")
-    return message(ROLE_OF[role], content)
-
-
-# ----------------------------------------------------------------------------------------- training rows, raw rows
+    messages = []
+    for item in items:
+        if not isinstance(item, dict):
+            raise BadRow("a conversation turn is not an object with role and content")
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if not isinstance(role, str) or role not in ROLE_OF:
+            raise BadRow("a conversation turn has an unknown role")
+        if not isinstance(content, str):
+            raise BadRow("a conversation turn has no content that is text")
+        messages.append(message(ROLE_OF[role], content))
+    return messages
 
 
 def training_conversation(record):
@@ -142,7 +128,7 @@ def raw_preference(record):
     """(messages up to the question, chosen answer, rejected answer) of one raw preference row."""
     pair = record.get("output")
     if not (isinstance(pair, list) and len(pair) == 2):
-        pair = [next((record[name] for name in names if name in record), None) for names in REPLY_FIELDS]
+        pair = [next((record[name] for name in names if name in record), None) for names in (CHOSEN, REJECTED)]
         if None in pair:
             raise BadRow('no "chosen" and "rejected" fields')
     before_chosen, chosen = split_reply(pair[0], "chosen")
@@ -176,11 +162,8 @@ def split_reply(value, field):
 
 
 def alternate(messages):
-    """The same conversation with user and assistant taking turns, the user first; neighbours of a role are joined with a
-    line break.
-
-    A system turn stays one before a question; behind a question or before an answer it belongs to the question.
-    """
+    """The same conversation with user and assistant taking turns, the user first; neighbours of a role are joined. A
+    system turn stays one before a question; behind a question or before an answer it belongs to the question."""
     turns = []
     for turn in messages:
         role, content = turn["role"], turn["content"]
@@ -205,9 +188,6 @@ def join(first, second):
     return f"{first}\n{second}" if first and second else first or second
 
 
-# --------------------------------------------------------------------------------------- what fits into a context
-
-
 def fit_turns(turns, overhead, max_seq_len):
     """Cut a conversation [(role, ids of the content), ...] that ends with an answer to max_seq_len tokens.
 
@@ -222,19 +202,17 @@ def fit_turns(turns, overhead, max_seq_len):
     roles = [role for role, _ in turns]
     body = int(roles[0] == "system")  # the first turn that goes
     starts = [turn for turn in range(body, len(turns)) if turn == body or roles[turn - 1] == "assistant" != roles[turn]]
-    answer = len(turns) - 1
-    while answer > starts[-1] and roles[answer - 1] == "assistant":
-        answer -= 1
-    choices = [(body, start) for start in starts] + [(0, start) for start in (*starts, *range(starts[-1] + 1, answer))]
-    fitting = [(system, start) for system, start in choices if system * sizes[0] + to_end[start] <= max_seq_len]
-    system, start = fitting[0] if fitting else (0, answer - 1)
+    within_last = range(starts[-1] + 1, roles.index("assistant", starts[-1]))  # further turns of the last question
+    choices = [(body, start) for start in starts] + [(0, start) for start in (*starts, *within_last)]
+    fitting = ((system, start) for system, start in choices if system * sizes[0] + to_end[start] <= max_seq_len)
+    system, start = next(fitting, choices[-1])
     role, content = turns[start]
-    cut = 0 if fitting else to_end[start] - max_seq_len
-    if not fitting and (start < starts[-1] or cut >= len(content)):
+    cut = max(0, system * sizes[0] + to_end[start] - max_seq_len)
+    if cut and (role == "assistant" or cut >= len(content)):
         return [], []
     lost = {
         "oldest turns left out of a long row": start > body,
-        "system turn left out of a long row": body and not system,
+        "system turn left out of a long row": body > system,
         "front of a long question cut": cut,
     }
     return [*turns[:system], (role, content[cut:]), *turns[start + 1 :]], [what for what in lost if lost[what]]

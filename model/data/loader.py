@@ -15,12 +15,11 @@ class ResumableSampler:
 
     batch_size is per rank; a global micro-batch is batch_size * world_size consecutive rows of the epoch's order and
     each rank takes its slice, so the order is the same at every world size with the same product. lengths: batches
-    get rows of similar length. The last micro-batch of an epoch is smaller, never lost. shuffle=False: file order.
+    get rows of similar length. The last micro-batch of an epoch is smaller, never lost.
     """
 
-    def __init__(self, num_rows, batch_size, seed=0, rank=0, world_size=1, lengths=None, shuffle=True):
-        self.num_rows, self.seed, self.rank, self.world_size = num_rows, seed, rank, world_size
-        self.lengths, self.shuffle = lengths, shuffle
+    def __init__(self, num_rows, batch_size, seed=0, rank=0, world_size=1, lengths=None):
+        self.num_rows, self.seed, self.lengths, self.rank, self.world_size = num_rows, seed, lengths, rank, world_size
         self.rows_per_step = self.group_size = batch_size * world_size
         self.epoch = self.position = 0
 
@@ -30,12 +29,8 @@ class ResumableSampler:
 
     def order(self, epoch):
         """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into
-        groups, and the groups come in random order (an incomplete one last, so that batches and groups stay
-        aligned)."""
-        order = np.arange(self.num_rows)
-        if not self.shuffle:
-            return order
-        generator = np.random.default_rng((self.seed, 2, epoch))
+        groups in random order (an incomplete one last, so that batches and groups stay aligned)."""
+        generator, order = np.random.default_rng((self.seed, 2, epoch)), np.arange(self.num_rows)
         generator.shuffle(order)
         if self.lengths is not None:
             stretch = GROUPS_SORTED_TOGETHER * self.group_size
@@ -46,9 +41,8 @@ class ResumableSampler:
         return order
 
     def batches(self):
-        """This rank's row numbers for each micro-batch from the current position to the end; does not move it.
-
-        Where the last one has fewer rows than ranks, some ranks get an empty array."""
+        """This rank's row numbers for each micro-batch from the position, which stays, to the end; none at all where
+        the last one has fewer rows than ranks."""
         order = self.order(self.epoch)
         for start in range(self.position, self.num_rows, self.rows_per_step):
             yield np.array_split(order[start : start + self.rows_per_step], self.world_size)[self.rank]
@@ -64,9 +58,7 @@ class ResumableSampler:
         return {name: getattr(self, name) for name in ("seed", "epoch", "position", "num_rows", "group_size")}
 
     def load_state_dict(self, state):
-        """Go on behind the rows already consumed, without walking over them, at any world size.
-
-        Raises UserError when the data has another number of rows."""
+        """Go on behind the rows already consumed, at any world size; UserError when the data has other rows."""
         if state["num_rows"] != self.num_rows:
             raise UserError(
                 f"--resume: the data has {self.num_rows:,} rows now and had {state['num_rows']:,}; "
@@ -76,56 +68,28 @@ class ResumableSampler:
             setattr(self, name, state[name])
 
 
-class _Fetch:
-    """What DataLoader indexes: row numbers -> batch. No rows become one without targets: the rank keeps step."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, rows):
-        if len(rows):
-            return self.dataset[rows]
-        batch = self.dataset[[0]]
-        batch["labels"].fill_(IGNORED)
-        return batch
-
-
 class BatchLoader:
-    """Iterates over the batches of this rank; position counts what was handed out, not what workers prefetched.
+    """`for batch in loader` yields the rest of the current epoch for this rank; iterate again for the next one.
 
-    `for batch in loader` yields the rest of the current epoch; iterate again for the next one. len(loader):
-    micro-batches per epoch. num_workers processes prepare batches ahead; pin_memory: batches lie where a GPU can
-    fetch them in the background.
+    len(loader): micro-batches per epoch. num_workers processes prepare batches ahead; pin_memory: batches lie where a
+    GPU can fetch them in the background. state_dict() counts what was handed out, not what workers prefetched;
+    load_state_dict() takes effect at the next iteration.
     """
 
     def __init__(self, dataset, sampler, num_workers=0, pin_memory=False):
-        self.dataset, self.sampler, self.num_workers, self.pin_memory = dataset, sampler, num_workers, pin_memory
+        self.dataset, self.sampler = dataset, sampler
+        self.options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
 
     def __len__(self):
         return len(self.sampler)
 
-    @property
-    def epoch(self):
-        """Current epoch, from 0."""
-        return self.sampler.epoch
-
     def __iter__(self):
-        batches = DataLoader(
-            _Fetch(self.dataset),
-            batch_size=None,
-            sampler=self.sampler.batches(),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # else it would draw from the global one, and a resumed run would differ
-        )
-        for batch in batches:
+        indices = (rows if len(rows) else [0] for rows in self.sampler.batches())
+        generator = torch.Generator()  # else it would draw from the global one, and a resumed run would differ
+        batches = DataLoader(self.dataset, batch_size=None, sampler=indices, generator=generator, **self.options)
+        for batch, rows in zip(batches, self.sampler.batches()):
+            if not len(rows):
+                batch["labels"].fill_(IGNORED)  # a rank without rows keeps step
             self.sampler.advance()
             yield batch
-
-    def state_dict(self):
-        """The sampler's state behind the last batch handed out."""
-        return self.sampler.state_dict()
-
-    def load_state_dict(self, state):
-        """Resume there; takes effect at the next iteration."""
-        self.sampler.load_state_dict(state)

@@ -1,28 +1,26 @@
 """The token cache: a file is tokenised once, on all cores, into memory-mapped arrays for every later start and rank.
 
-A cache is a folder named <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file. The fingerprint
-covers the bytes of the data file, the tokenizer and the format, so a cache is either right or not found. The folder
-gets its name only when complete. hashes.json beside it remembers the hash of each data file, so that an unchanged one
-is not read again.
+A cache is a folder <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file, named so only when
+complete. The fingerprint covers the bytes of the data file, the tokenizer and the format: a cache is either right or
+not found. hashes.json beside it remembers the hash of each data file, so that an unchanged one is not read again.
 """
 
 import collections
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import re
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -52,39 +50,33 @@ class PretrainEncoding:
         self.start, self.end = self.format = [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
     def items(self, path, report):
-        """Yield ((whether a document begins here, whether it ends), [piece of text])."""
+        """Yield ((whether a document begins here, whether it ends), [piece of text]).
+
+        Pieces end behind a newline: as newlines are tokens of their own, the ids are those of the whole document.
+        """
         for record in iter_records(path, ("text",), report):
             text, start = record["text"], 0
             if not text:
                 report.drop("empty text", report.place)
             while start < len(text):
-                stop = _piece_end(text, start)
+                soon, limit, stop = start + PIECE_CHARACTERS, start + LONGEST_PIECE, len(text)
+                if soon < stop:
+                    stop = text.rfind("\n", start, soon) + 1 or text.find("\n", soon, limit) + 1 or min(limit, stop)
                 yield (start == 0, stop == len(text)), [text[start:stop]]
                 start = stop
 
     def arrays(self, items, encoded, dtype, report):
-        """{name: array} of a block of items and the ids of their texts; *_ends count from the start of the block."""
-        begins, ends = np.array(items).T
-        sizes = np.fromiter(map(len, encoded), np.int64, len(encoded)) + begins + ends
-        parts = (([self.start] * begin, ids, [self.end] * end) for (begin, end), ids in zip(items, encoded))
-        flat = itertools.chain.from_iterable(itertools.chain.from_iterable(parts))
-        return {"tokens": np.fromiter(flat, dtype, sizes.sum()), "document_ends": np.cumsum(sizes)[ends]}
-
-
-def _piece_end(text, start):
-    """Where the piece of a document ends that begins at `start`: behind a newline. Newlines are tokens of their own, so
-    the pieces' ids are those of the whole, unless LONGEST_PIECE characters have none."""
-    if len(text) - start <= PIECE_CHARACTERS:
-        return len(text)
-    soon, limit = start + PIECE_CHARACTERS, min(start + LONGEST_PIECE, len(text))
-    return text.rfind("\n", start, soon) + 1 or text.find("\n", soon, limit) + 1 or limit
+        """{name: array} of a block of items and their texts' ids; *_ends count from the start of the block."""
+        tokens, document_ends = [], []
+        for (begins, ends), ids in zip(items, encoded):
+            tokens += [self.start] * begins + ids + [self.end] * ends
+            document_ends += [len(tokens)] * ends
+        return {"tokens": np.array(tokens, dtype), "document_ends": np.array(document_ends, np.int64)}
 
 
 class SFTEncoding:
-    """Conversations, as far as they fit into max_seq_len, -> tokens and mask as join_turns gives, row_lengths, row_ends.
-
-    A row of which nothing fits has length 0: the split into training and validation counts it.
-    """
+    """Conversations, as far as they fit into max_seq_len, -> tokens and mask of join_turns, row_lengths, row_ends. A
+    row of which nothing fits has length 0: the split into training and validation counts it."""
 
     kind = "sft"
 
@@ -96,8 +88,8 @@ class SFTEncoding:
 
     def items(self, path, report):
         """Yield ([role of each turn], [content of each turn]) of each row worth encoding."""
-        columns = "history", "q", "a"
-        for record in iter_records(path, columns, report, ("history", "conversations"), "conversations"):
+        json_columns = "history", "conversations"
+        for record in iter_records(path, ("history", "q", "a"), report, json_columns, alternative="conversations"):
             try:
                 messages = training_conversation(record)
             except BadRow as error:
@@ -106,29 +98,24 @@ class SFTEncoding:
                 yield [turn["role"] for turn in messages], [turn["content"] for turn in messages]
 
     def arrays(self, items, encoded, dtype, report):
-        """{name: array} of a block of items and the ids of their texts; *_ends count from the start of the block."""
-        contents, rows, masks = iter(encoded), [], []
+        """As in PretrainEncoding; the texts of each item are as many as its roles."""
+        contents, tokens, mask, lengths = iter(encoded), [], bytearray(), []
         for roles in items:
             turns, changes = fit_turns(list(zip(roles, contents)), self.overhead, self.max_seq_len)
-            ids, mask = join_turns(self.tokenizer, turns)
-            rows.append(ids)
-            masks.append(mask)
-            for what in changes:
-                report.note(what)
+            row_tokens, row_mask = join_turns(self.tokenizer, turns)
+            tokens += row_tokens
+            mask += row_mask
+            lengths.append(len(row_tokens))
+            report.notes.update(changes)
             if not turns:
                 report.drop(f"the answer leaves no room for the question within --max_seq_len {self.max_seq_len}")
-        lengths = np.fromiter(map(len, rows), np.int32, len(rows))
-        ends = np.cumsum(lengths, dtype=np.int64)
-        tokens = np.fromiter(itertools.chain.from_iterable(rows), dtype, ends[-1])
-        mask = np.frombuffer(b"".join(masks), np.uint8)
-        return {"tokens": tokens, "mask": mask, "row_lengths": lengths, "row_ends": ends}
+        arrays = {"tokens": np.array(tokens, dtype), "mask": np.array(mask, np.uint8)}
+        return {**arrays, "row_lengths": np.array(lengths, np.int32), "row_ends": np.cumsum(lengths, dtype=np.int64)}
 
 
 class TokenCache:
-    """One cache folder, its arrays (those that the encoding names) mapped.
-
-    Also: report (RowReport of the tokenising), fingerprint (hex; the same for the same data, tokenizer and format).
-    """
+    """One cache folder: the arrays that the encoding names, mapped; report (RowReport of the tokenising); fingerprint
+    (hex; the same for the same data, tokenizer and format)."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -136,8 +123,7 @@ class TokenCache:
         description = json.loads((self.folder / "cache.json").read_text())
         self.report = RowReport.from_dict(description["report"])
         for name, array in description["arrays"].items():
-            file, shape = self.folder / f"{name}.bin", (array["length"],)
-            mapped = np.memmap(file, dtype=array["dtype"], mode="r", shape=shape)
+            mapped = np.memmap(self.folder / f"{name}.bin", array["dtype"], mode="r", shape=array["length"])
             setattr(self, name, np.asarray(mapped))  # a memmap object costs several times as much to index
 
     def __reduce__(self):
@@ -147,8 +133,8 @@ class TokenCache:
 def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     """The TokenCache of a data file, tokenised now if it is not there yet.
 
-    Any number of processes may call it at once: one reads the file, the others wait for its lock, which the system
-    frees when its holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
+    Of processes that call it at once one reads the file; the others wait for its lock, which the system frees when its
+    holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
     path = Path(path)
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
@@ -159,8 +145,7 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
         return cache_dir / f"{path.name.split('.')[0]}-{encoding.kind}-{fingerprint}"
 
     _, digest = content_hash(path, cache_dir, read=False)
-    cache = digest and _finished(folder(digest))
-    if cache:
+    if digest and (cache := _finished(folder(digest))):
         return cache
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -170,10 +155,8 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     except OSError as error:
         if error.errno not in FULL_DISK + NOT_WRITABLE or str(error.filename) == str(path):
             raise
-        raise UserError(
-            f"{cache_dir}: cannot write the token cache ({error.strerror}); "
-            "free some space or choose another folder with --cache_dir"
-        ) from None
+        way_out = "free some space or choose another folder with --cache_dir"
+        raise UserError(f"{cache_dir}: cannot write the token cache ({error.strerror}); {way_out}") from None
 
 
 def content_hash(path, cache_dir, read=True):
@@ -209,53 +192,40 @@ def _finished(folder):
         return None
 
 
-@contextlib.contextmanager
 def _lock(directory):
-    """Let one process at a time work in `directory`, where that is possible: network file systems may have no locks (at
-    worst two processes do the same work), and a folder of somebody else may hold what is needed already."""
+    """A context for one process at a time, where that is possible: network file systems may have no locks (at worst two
+    processes do the same work), and a folder of somebody else may hold what is needed already."""
     lock = FileLock(directory / ".lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         if os.environ.get("RANK", "0") == "0":
             print(f"waiting for another process that is tokenising into {directory}", file=sys.stderr)
-        lock.acquire()
+        return lock.acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS + NOT_WRITABLE:
             raise
-    try:
-        yield
-    finally:
-        lock.release()
+        return contextlib.nullcontext()
 
 
 def _abandoned(folder):
     """Whether the process of this host that an unfinished folder is named after is dead, or nobody wrote for a day."""
     owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-", folder.name)
-    if owner and os.name != "nt":  # where os.kill would end the process
-        try:
-            os.kill(int(owner[1]), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:  # it lives and is somebody else's
-            pass
-    newest = max(file.stat().st_mtime for file in [folder, *folder.iterdir()])
-    return time.time() - newest > LEFTOVER_SECONDS
+    dead = owner and not psutil.pid_exists(int(owner[1]))
+    return dead or time.time() - max(file.stat().st_mtime for file in [folder, *folder.iterdir()]) > LEFTOVER_SECONDS
 
 
 def _build(path, stamp, tokenizer, encoding, folder):
     """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
     for leftover in filter(_abandoned, folder.parent.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*")):
         shutil.rmtree(leftover, ignore_errors=True)
-    owner = f"{socket.gethostname()}-{os.getpid()}"
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-{owner}-", dir=folder.parent))
+    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+    temporary.mkdir()
     try:
-        report, arrays = _write_arrays(path, tokenizer, encoding, temporary)
-        description = {"arrays": arrays, "report": report.to_dict()}
+        description = _write_arrays(path, tokenizer, encoding, temporary)
         (temporary / "cache.json").write_text(json.dumps(description, ensure_ascii=False, indent=1))
         if content_hash(path, folder.parent, read=False)[0] != stamp:
             raise UserError(f"{path}: changed while it was being tokenised; start again when it is complete")
-        temporary.chmod(0o755)  # mkdtemp makes it private, yet caches are shared
         sync_directory(temporary)
         if not _finished(folder):  # by another process, where locks don't work
             shutil.rmtree(folder, ignore_errors=True)  # a cut copy
@@ -267,7 +237,7 @@ def _build(path, stamp, tokenizer, encoding, folder):
 
 
 def _write_arrays(path, tokenizer, encoding, folder):
-    """Append the arrays of every block to <name>.bin; returns the RowReport and {name: {dtype, length}}."""
+    """Append the arrays of every block to <name>.bin; returns what cache.json says of them and of the rows."""
     report, arrays, num_tokens = RowReport(), {}, 0
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     total = os.path.getsize(path) if path.suffix in (".csv", ".jsonl") else None
@@ -286,7 +256,7 @@ def _write_arrays(path, tokenizer, encoding, folder):
             os.fsync(file.fileno())
     if not num_tokens:
         raise UserError(f"{path}: no row left to learn from; " + "; ".join(line.strip() for line in report.summary()))
-    return report, arrays
+    return {"arrays": arrays, "report": report.to_dict()}
 
 
 def _encoded_blocks(tokenizer, items):

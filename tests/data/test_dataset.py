@@ -383,7 +383,7 @@ def test_loader_counts_what_was_handed_out(varied_rows, num_workers):
 
     straight = loader()
     expected = [batch["input_ids"] for _ in range(2) for batch in straight]
-    assert len(expected) == 2 * len(straight) and straight.epoch == 2
+    assert len(expected) == 2 * len(straight) and straight.sampler.epoch == 2
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, resumed, seen = loader(), loader(), []
