@@ -35,30 +35,11 @@ class LMConfig(PretrainedConfig):
     }
 
     def __init__(
-        self,
-        dim=512,
-        n_layers=8,
-        n_heads=16,
-        n_kv_heads=8,
-        vocab_size=6400,
-        hidden_dim=None,
-        multiple_of=64,
-        norm_eps=1e-5,
-        max_seq_len=512,
-        dropout=0.0,
-        flash_attn=True,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        use_moe=False,
-        num_experts_per_tok=2,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        scoring_func="softmax",
-        aux_loss_alpha=0.01,
-        seq_aux=True,
-        norm_topk_prob=True,
-        **kwargs,
-    ):
+        self, dim=512, n_layers=8, n_heads=16, n_kv_heads=8, vocab_size=6400, hidden_dim=None, multiple_of=64,
+        norm_eps=1e-5, max_seq_len=512, dropout=0.0, flash_attn=True, rope_theta=10000.0, rope_scaling=None,
+        use_moe=False, num_experts_per_tok=2, n_routed_experts=4, n_shared_experts=1, scoring_func="softmax",
+        aux_loss_alpha=0.01, seq_aux=True, norm_topk_prob=True, **kwargs,
+    ):  # fmt: skip
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads

@@ -344,21 +344,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         return torch.stack([layer.feed_forward.gate.expert_load for layer in self.layers]).mean(dim=0)
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        labels=None,
-        kv_cache=None,
-        position_ids=None,
-        num_items_in_batch=None,
-        logits_to_keep=0,
-        padding_side=None,
-        return_logits=True,
-        past_key_values=None,
-        inputs_embeds=None,
-        return_dict=None,
-        **flags,
-    ):
+        self, input_ids=None, attention_mask=None, labels=None, kv_cache=None, position_ids=None,
+        num_items_in_batch=None, logits_to_keep=0, padding_side=None, return_logits=True,
+        past_key_values=None, inputs_embeds=None, return_dict=None, **flags,
+    ):  # fmt: skip
         """Run the model over input_ids [B, T].
 
         attention_mask [B, K]: 1 for real tokens, 0 for padding, over cached and new tokens. padding_side="right"
