@@ -172,10 +172,11 @@ def test_wrong_usage_is_code_2(flags):
 
 
 def test_an_empty_file_among_others_is_named(tmp_path):
-    full = write_jsonl(tmp_path / "full.jsonl", [{"text": TEXTS[0]}])
+    full = write_jsonl(tmp_path / "full[1].jsonl", [{"text": TEXTS[0]}])  # no glob, though it looks like one
     (tmp_path / "empty.jsonl").touch()
     process = pretrain(tmp_path, "--data_path", full, tmp_path / "empty.jsonl")
     assert process.returncode == 0 and f"note: {tmp_path}/empty.jsonl has no rows" in process.stdout
+    assert process.stdout.count("has no rows") == 1
 
 
 def test_a_full_disk_leaves_the_earlier_file(tmp_path, large_file):

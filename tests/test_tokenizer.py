@@ -138,6 +138,12 @@ def test_unfinished_character_is_flushed_as_replacement():
     assert decoder.push(6400) == decoder.push(-1) == ""  # an id beyond the vocabulary is silent, as in a full decode
 
 
+def test_an_added_token_is_its_own_text():
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["你 好"])
+    assert token_bytes(tokenizer)[-1] == "你 好".encode() and len(token_bytes(tokenizer)) == 6401
+
+
 def test_rendering_of_a_known_conversation():
     messages = [
         {"role": "system", "content": "你是助手"},

@@ -71,7 +71,7 @@ class PretrainEncoding:
         for (begins, ends), ids in zip(items, encoded):
             tokens += [self.start] * begins + ids + [self.end] * ends
             document_ends += [len(tokens)] * ends
-        return {"tokens": np.array(tokens, dtype), "document_ends": np.array(document_ends, np.int64)}
+        return {"tokens": np.fromiter(tokens, dtype), "document_ends": np.array(document_ends, np.int64)}
 
 
 class SFTEncoding:
@@ -109,7 +109,7 @@ class SFTEncoding:
             report.notes.update(changes)
             if not turns:
                 report.drop(f"the answer leaves no room for the question within --max_seq_len {self.max_seq_len}")
-        arrays = {"tokens": np.array(tokens, dtype), "mask": np.array(mask, np.uint8)}
+        arrays = {"tokens": np.fromiter(tokens, dtype), "mask": np.array(mask, np.uint8)}
         return {**arrays, "row_lengths": np.array(lengths, np.int32), "row_ends": np.cumsum(lengths, dtype=np.int64)}
 
 
