@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(RUN) quickstart.py
 
 test: .venv/installed
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 tests
 
 # The diagrams of README.md, and the demo's loss curves as the last quickstart drew them.
 images: .venv/installed
