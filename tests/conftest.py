@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, for the scripts that tests start too
+# Before torch is imported, for the scripts that tests start too. Two test processes on two cores have one thread each.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ THINGS = ("面条", "火锅", "米粉", "烤鸭", "点心", "酥油茶", "泡馍
 def few_threads():
     import torch
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

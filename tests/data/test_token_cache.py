@@ -18,6 +18,7 @@ from test_rows import texts, write_csv
 
 from conftest import ROOT
 from model.data import token_cache
+from model.data.rows import RowReport
 from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer
@@ -76,6 +77,7 @@ def test_long_documents_are_encoded_in_pieces_and_stay_whole(tmp_path_factory, v
 def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr("model.data.token_cache.PIECE_CHARACTERS", 4)
     monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 10)
+<<<<<<< HEAD
     line = "informationinformation"
     cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[f"ab\n{line}"]]))
     pieces = "ab\n", line[:10], line[10:20], line[20:]
@@ -83,6 +85,13 @@ def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch)
     monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 25)
     cache = open_pretrain(write_csv(tmp_path / "b.csv", ["text"], [[f"{line}\nab"]]))
     assert documents(cache) == [[1, *encode_text(TOKENIZER, f"{line}\nab"), 2]]
+=======
+    value = "很短\n" + "很长很长很长很长很长" + "的一行\n" + "雪"
+    path = write_csv(tmp_path / "a.csv", ["text"], [[value]])
+    pieces = ["很短\n", "很长很长很长很长很长", "的一行\n", "雪"]
+    assert [piece for _, (piece,) in PretrainEncoding(TOKENIZER).items(path, RowReport())] == pieces
+    assert documents(open_pretrain(path)) == [[1, *(token for piece in pieces for token in encode_text(TOKENIZER, piece)), 2]]
+>>>>>>> wt-h2
 
 
 def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
@@ -323,16 +332,18 @@ def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
-    write, other = token_cache._write_arrays, []
+    write, other, inodes = token_cache._write_arrays, [], []
 
     def write_after_another(*arguments):
         monkeypatch.setattr("model.data.token_cache._write_arrays", write)
         other.append(open_pretrain(path).folder)
+        inodes.append(other[0].stat().st_ino)
         return write(*arguments)
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     monkeypatch.setattr("model.data.token_cache._write_arrays", write_after_another)
     assert [open_pretrain(path).folder] == other == entries(tmp_path / ".cache")
+    assert [other[0].stat().st_ino] == inodes  # what others may have mapped already is not replaced
 
 
 def test_sft_cache_by_rows(tmp_path):
