@@ -83,7 +83,7 @@ def command_line(*extra, without=None):
     """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flag
     `without` and its value left out (also under a shortened name, which argparse takes when it is unique). Outside the
     scripts, in a notebook for one, the calls that do the same."""
-    if Path(sys.argv[0]).resolve().parent != SCRIPTS:
+    if Path(sys.argv[0]).suffix != ".py" or Path(sys.argv[0]).resolve().parent != SCRIPTS:
         return "Trainer.resume(), then Trainer.train()"
     words, rest = [], iter(sys.argv)
     for word in rest:

@@ -77,7 +77,6 @@ def test_long_documents_are_encoded_in_pieces_and_stay_whole(tmp_path_factory, v
 def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr("model.data.token_cache.PIECE_CHARACTERS", 4)
     monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 10)
-<<<<<<< HEAD
     line = "informationinformation"
     cache = open_pretrain(write_csv(tmp_path / "a.csv", ["text"], [[f"ab\n{line}"]]))
     pieces = "ab\n", line[:10], line[10:20], line[20:]
@@ -85,13 +84,10 @@ def test_only_lines_longer_than_the_longest_piece_are_cut(tmp_path, monkeypatch)
     monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 25)
     cache = open_pretrain(write_csv(tmp_path / "b.csv", ["text"], [[f"{line}\nab"]]))
     assert documents(cache) == [[1, *encode_text(TOKENIZER, f"{line}\nab"), 2]]
-=======
-    value = "很短\n" + "很长很长很长很长很长" + "的一行\n" + "雪"
-    path = write_csv(tmp_path / "a.csv", ["text"], [[value]])
     pieces = ["很短\n", "很长很长很长很长很长", "的一行\n", "雪"]
+    monkeypatch.setattr("model.data.token_cache.LONGEST_PIECE", 10)
+    path = write_csv(tmp_path / "c.csv", ["text"], [["".join(pieces)]])
     assert [piece for _, (piece,) in PretrainEncoding(TOKENIZER).items(path, RowReport())] == pieces
-    assert documents(open_pretrain(path)) == [[1, *(token for piece in pieces for token in encode_text(TOKENIZER, piece)), 2]]
->>>>>>> wt-h2
 
 
 def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypatch):
