@@ -1,5 +1,7 @@
 """Which rows form each batch, in an order that can be resumed, and the loop over the batches of one rank."""
 
+import itertools
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -85,10 +87,11 @@ class BatchLoader:
         return len(self.sampler)
 
     def __iter__(self):
-        indices = (rows if len(rows) else [0] for rows in self.sampler.batches())
+        wanted, handed_out = itertools.tee(self.sampler.batches())  # workers are ahead of what is handed out
+        indices = (rows if len(rows) else [0] for rows in wanted)
         generator = torch.Generator()  # else it would draw from the global one, and a resumed run would differ
         batches = DataLoader(self.dataset, batch_size=None, sampler=indices, generator=generator, **self.options)
-        for batch, rows in zip(batches, self.sampler.batches()):
+        for batch, rows in zip(batches, handed_out):
             if not len(rows):
                 batch["labels"].fill_(IGNORED)  # a rank without rows keeps step
             self.sampler.advance()

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import signal
 import sys
 
@@ -20,6 +21,7 @@ from model.settings import ModelSettings, TrainingSettings
 from model.training import reports
 from model.training.loop import Trainer, language_model_loss, measure, start
 from model.training.optimizer import build_optimizers, is_hidden_matrix, learning_rate_factor
+from model.training.resume import StopRequest
 
 
 @pytest.fixture
@@ -313,6 +315,18 @@ def test_validation_in_bfloat16_agrees_with_float32(pretrain_csv, tmp_path, toke
     assert run.state.progress()["validation_loss"] == pytest.approx(exact, rel=2e-3)
 
 
+def test_eval_tokens_bounds_what_a_validation_reads(pretrain_csv, tmp_path, tokenizer, capsys):
+    run = make_trainer(pretrain_csv, tmp_path, "--batch_size", 1, "--eval_tokens", 40, tokenizer=tokenizer)
+    total = run.validation_loader.dataset.num_targets
+    assert total > 2 * 62
+    run.validate()
+    (read,) = re.findall(r"\((\d+) held-out tokens\)", capsys.readouterr().out)
+    assert 40 <= int(read) < 40 + 31  # a row has 31 targets
+    run.settings.eval_tokens = 0
+    run.validate()
+    assert f"({total:,} held-out tokens)" in capsys.readouterr().out
+
+
 def test_bits_per_byte_count_the_bytes_of_the_targets(pretrain_csv, tmp_path, tokenizer):
     run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 1, tokenizer=tokenizer)
     run.train()
@@ -469,6 +483,14 @@ def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer,
     assert run.path.read_bytes() == straight.path.read_bytes()
 
 
+def test_a_second_signal_acts_as_usual(capsys):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested and "finishing this step" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("sft", [False, True])
 def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, capsys, monkeypatch, sft):
     data = request.getfixturevalue("sft_csv" if sft else "pretrain_csv")
@@ -517,7 +539,7 @@ def test_resume_refuses_other_data(pretrain_csv, tmp_path, tokenizer):
     make_trainer(pretrain_csv, tmp_path, "--max_steps", 1, tokenizer=tokenizer).train()
     other = tmp_path / "other.csv"
     other.write_text(pretrain_csv.read_text().replace("北京", "天津"))
-    with pytest.raises(UserError, match="--data_path"):
+    with pytest.raises(UserError, match=r"--data_path \(its contents\) was"):
         make_trainer(other, tmp_path, "--max_steps", 1, tokenizer=tokenizer).resume()
 
 

@@ -1,0 +1,61 @@
+"""From settings to an engine: the newest chat model unless told otherwise, in the dtype and the context asked for."""
+
+import pytest
+import torch
+
+from model.checkpoint import save_checkpoint
+from model.errors import UserError
+from model.inference.open import open_engine
+from model.LMConfig import LMConfig
+from model.model import Transformer
+from model.settings import InferenceSettings
+
+SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2)
+
+
+@pytest.fixture
+def out_dir(tmp_path, small_tokenizer):
+    config = LMConfig(**SHAPE, vocab_size=len(small_tokenizer), max_seq_len=32)
+    for name in ("pretrain", "single_chat/full_sft", "multi_chat/full_sft"):
+        save_checkpoint(tmp_path / f"{name}_32.pth", Transformer(config), {"stage": name})
+    return tmp_path
+
+
+def opened(out_dir, tokenizer, stages=("multi_chat/full_sft", "single_chat/full_sft"), **given):
+    settings = InferenceSettings(out_dir=out_dir, tokenizer_path=tokenizer.name_or_path, device="cpu", **SHAPE, **given)
+    return open_engine(settings, stages)
+
+
+def test_the_first_stage_that_has_a_checkpoint_is_opened(out_dir, small_tokenizer):
+    assert opened(out_dir, small_tokenizer)[1] == out_dir / "multi_chat/full_sft_32.pth"
+    (out_dir / "multi_chat/full_sft_32.pth").unlink()
+    assert opened(out_dir, small_tokenizer)[1] == out_dir / "single_chat/full_sft_32.pth"
+    assert opened(out_dir, small_tokenizer, ("pretrain",))[1] == out_dir / "pretrain_32.pth"
+    named, path = opened(out_dir, small_tokenizer, checkpoint=out_dir / "pretrain_32.pth")
+    assert path == out_dir / "pretrain_32.pth" and named.max_length == 32
+    (out_dir / "single_chat/full_sft_32.pth").unlink()
+    with pytest.raises(UserError, match="run 3-full_sft.py --multi first, or name another with --checkpoint"):
+        opened(out_dir, small_tokenizer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_have_the_dtype_asked_for(out_dir, small_tokenizer, dtype):
+    engine, _ = opened(out_dir, small_tokenizer, dtype=dtype)
+    assert {parameter.dtype for parameter in engine.model.parameters()} == {getattr(torch, dtype)}
+    assert f" {dtype} on cpu" in engine.description
+
+
+def test_positions_are_stretched_by_what_the_context_grew(out_dir, small_tokenizer, capsys):
+    engine, _ = opened(out_dir, small_tokenizer, max_seq_len=128, rope_scaling="yarn")
+    assert engine.model.config.rope_scaling == {"rope_type": "yarn", "factor": 4.0} and engine.max_length == 128
+    assert not capsys.readouterr().err
+    assert opened(out_dir, small_tokenizer, max_seq_len=64)[0].model.config.rope_scaling is None
+    assert "trained on 32 tokens" in capsys.readouterr().err
+    for length in (None, 32):
+        with pytest.raises(UserError, match="--rope_scaling needs a --max_seq_len above the trained 32"):
+            opened(out_dir, small_tokenizer, max_seq_len=length, rope_scaling="linear")
+
+
+def test_another_tokenizer_is_refused(out_dir, tokenizer):
+    with pytest.raises(UserError, match="400 words but the tokenizer 6400"):
+        opened(out_dir, tokenizer)
