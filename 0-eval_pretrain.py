@@ -49,7 +49,7 @@ def main():
     if all("answer" in row for row in rows):
         # What counts is how the sentence ends: the first one of the continuation.
         def is_right(row, text):
-            return score_answer({"q": row["prompt"], **row}, text.split("。")[0])
+            return score_answer({**row, "q": row["prompt"]}, text.split("。")[0])
 
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters, is_right), args.json)
         return

@@ -60,8 +60,7 @@ def main():
     started = float(os.environ.get("QUICKSTART_STARTED") or time.time())  # make's: the installation counts too
     stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
-    own_folder = " --overwrite" if args.data_dir == Path("dataset/demo") else ""  # an older demo may be there
-    run(f"data_process.py demo --output_dir {args.data_dir}{own_folder}")
+    run(f"data_process.py demo --output_dir {args.data_dir}")
     began = time.time()
     for name, flags in RECIPE.items():
         stage, saving = STAGES[name], f"--out_dir {args.out_dir} --eval_interval 1000 --save_interval 1000"

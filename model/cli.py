@@ -2,15 +2,9 @@
 
 import argparse
 import dataclasses
-import os
-import shlex
-import sys
-from pathlib import Path
 
 from model.settings import DataSettings, InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
 from model.settings import violation as limit_violation
-
-SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 def script_parser(description):
@@ -77,21 +71,3 @@ def from_flags(settings, args):
     """The dataclass `settings` filled with the parsed flags; fields that are no flag of the script keep their default."""
     names = [field.name for field in dataclasses.fields(settings) if hasattr(args, field.name)]
     return settings(**{name: getattr(args, name) for name in names})
-
-
-def command_line(*extra, without=None):
-    """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flag
-    `without` and its value left out (also under a shortened name, which argparse takes when it is unique). Outside the
-    scripts, in a notebook for one, the calls that do the same."""
-    if Path(sys.argv[0]).suffix != ".py" or Path(sys.argv[0]).resolve().parent != SCRIPTS:
-        return "Trainer.resume(), then Trainer.train()"
-    words, rest = [], iter(sys.argv)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if not (without and len(name) > 2 and without.startswith(name)):
-            words.append(word)
-        elif not equals:
-            next(rest, None)
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
-    return shlex.join([*launcher, *words, *(flag for flag in extra if flag not in words)])

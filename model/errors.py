@@ -2,9 +2,12 @@
 
 import errno
 import os
+import shlex
 import sys
+from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
@@ -38,3 +41,22 @@ def warn(text):
     """One line on stderr, from one of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def command_line(*extra, without=None):
+    """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flag
+    `without` and its value left out (also under a shortened name, which argparse takes when it is unique). Outside the
+    scripts, in a notebook for one, the calls that do the same."""
+    if Path(sys.argv[0]).suffix != ".py" or Path(sys.argv[0]).resolve().parent != SCRIPTS:
+        first = "a Trainer without stop_after, " if without else ""
+        return f"{first}Trainer.resume(), then Trainer.train()"
+    words, rest = [], iter(sys.argv)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if not (without and len(name) > 2 and without.startswith(name)):
+            words.append(word)
+        elif not equals:
+            next(rest, None)
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
+    return shlex.join([*launcher, *words, *(flag for flag in extra if flag not in words)])

@@ -10,8 +10,8 @@ import pytest
 
 from conftest import ROOT
 from model.build import explicit_fields
-from model.cli import add_inference_flags, add_training_flags, command_line, from_flags, training_settings
-from model.errors import UserError, run_main, warn
+from model.cli import add_inference_flags, add_training_flags, from_flags, training_settings
+from model.errors import UserError, command_line, run_main, warn
 from model.settings import InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
 
 # Names that users and other programs rely on.

@@ -105,6 +105,8 @@ def parse_list(path, data):
         line, reason = error.lineno, f"{error.msg} at column {error.colno}"
     except RecursionError:
         line, reason = 1, "brackets within brackets within brackets"
+    except ValueError:  # Python's limit of 4,300 digits
+        line, reason = 1, "a number of thousands of digits"
     raise UserError(f"{path}:{line}: the JSON list cannot be read ({reason}); mend it there or fetch the file again")
 
 

@@ -37,7 +37,7 @@ PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several
 LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
 LEFTOVER_SECONDS = 24 * 3600
-NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM)
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -120,7 +120,7 @@ class TokenCache:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.fingerprint = self.folder.name.rpartition("-")[2]
-        description = json.loads((self.folder / "cache.json").read_text())
+        description = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
         self.report = RowReport.from_dict(description["report"])
         for name, array in description["arrays"].items():
             mapped = np.memmap(self.folder / f"{name}.bin", array["dtype"], mode="r", shape=array["length"])
@@ -223,7 +223,7 @@ def _build(path, stamp, tokenizer, encoding, folder):
     temporary.mkdir()
     try:
         description = _write_arrays(path, tokenizer, encoding, temporary)
-        (temporary / "cache.json").write_text(json.dumps(description, ensure_ascii=False, indent=1))
+        (temporary / "cache.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
         if content_hash(path, folder.parent, read=False)[0] != stamp:
             raise UserError(f"{path}: changed while it was being tokenised; start again when it is complete")
         sync_directory(temporary)

@@ -24,6 +24,7 @@ from operator import add, mul, sub
 from pathlib import Path
 
 from model.errors import UserError
+from model.evaluation.scoring import NUMBER, normalise
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
 LETTERS = "ABCD"
@@ -366,7 +367,10 @@ class DemoWorld:
         """A held-out question, the last of `turns`: `a` is the expected reply, the rest what scoring.py judges by."""
         *history, (question, answer) = turns
         row = {"history": history, "q": question, "a": answer, "answer": key, "task": task, "category": category}
-        return {**row, "entity": entity, "others": self.others(category, [key] if isinstance(key, str) else key)}
+        keys = [key] if isinstance(key, str) else key
+        # A reply that lists numbers is a guess; what else could be taken for the answer, the tables tell.
+        row |= {"one_number": True} if any(NUMBER.search(normalise(key)) for key in keys) else {}
+        return {**row, "entity": entity, "others": self.others(category, keys)}
 
     def fact_row(self, turns, fact, task):
         return self.test_row(turns, fact.value, task, fact.relation, fact.entity)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from model.data.conversations import BadRow, parse_history
 from model.data.rows import iter_json_lines, read_lines
 from model.errors import UserError
 
@@ -43,8 +44,10 @@ def check_row(row, question, place):
         raise UserError(f'{place}: "answer" must be text or a list of texts')
     if not is_list_of(is_text, row.get("others") or []):
         raise UserError(f'{place}: "others" must be a list of texts')
-    if not is_list_of(is_exchange, row.get("history") or []):
-        raise UserError(f'{place}: "history" must be a list of [question, answer]')
+    try:
+        parse_history(row.get("history"))
+    except BadRow:
+        raise UserError(f'{place}: "history" must be a list of [question, answer]') from None
     for field in ("task", "entity"):
         if not isinstance(row.get(field) or "", str):
             raise UserError(f'{place}: "{field}" must be text')
@@ -56,10 +59,6 @@ def is_text(value):
 
 def is_list_of(is_item, value):
     return isinstance(value, list) and all(map(is_item, value))
-
-
-def is_exchange(pair):
-    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
 
 
 def check_prompts(texts):

@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 
-NUMBER = re.compile(r"(?<![A-Za-z\d])(?<!\d\.)\d+(?:\.\d+)?")  # not the 2 of H2O
+NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)\d+(?:\.\d+)?")  # not the 2 of H2O
 WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\d\.(?=\d))"  # not in the middle of a word or number
 WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
 IDLE_BLANK = re.compile(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])")  # any but that between two words or numbers
@@ -16,9 +16,9 @@ def score_answer(row, reply):
     """Whether `reply` contains every text of row["answer"] (a text or a list of them) and none of row["others"].
 
     Names are matched whole and longest first: He is not H, and 巴西利亚 not 巴西. So one of the "others" does not count
-    where it is part of a longer key or of row["entity"], which the question is about. Where a key is a number, with or
-    without a unit, a reply with another number is a guess and wrong; the numbers of row["q"] may be repeated. Width and
-    spacing make no difference. "others" and "entity" may be missing.
+    where it is part of a longer key or of row["entity"], which the question is about. With row["one_number"] a reply
+    with another number than the key's is a guess and wrong; those of row["q"] may be repeated. Width, case and spacing
+    make no difference. All but "answer" may be missing.
     """
     keys = {normalise(key) for key in ([row["answer"]] if isinstance(row["answer"], str) else row["answer"])}
     entity = normalise(row.get("entity") or "")
@@ -27,16 +27,16 @@ def score_answer(row, reply):
     found = mentions(reply, (keys | others | {entity}) - {""})
     if not keys <= found or found & others:
         return False
-    expected = {number for key in keys for number in NUMBER.findall(key)}
-    if not expected:
+    if not row.get("one_number"):
         return True
+    expected = {number for key in keys for number in NUMBER.findall(key)}
     said, asked = (collections.Counter(NUMBER.findall(text)) for text in (reply, normalise(row["q"])))
     return said.keys() == expected or (said - asked).keys() == expected
 
 
 def normalise(text):
-    """Full-width forms to half-width; no white space except one blank between two words of letters or digits."""
-    return IDLE_BLANK.sub("", " ".join(unicodedata.normalize("NFKC", text).split()))
+    """Full-width forms to half-width, lower case; no white space except one blank between two words of letters or digits."""
+    return IDLE_BLANK.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
 
 
 def mentions(text, names):

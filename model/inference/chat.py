@@ -1,8 +1,8 @@
 """Conversations with an engine: the prompt that fits the context, the answer printed while it is being written."""
 
-import itertools
 import sys
 
+from model.data.conversations import message, parse_history
 from model.tokenizer import render_conversation
 
 
@@ -25,9 +25,8 @@ def conversation_prompt(tokenizer, messages, context, max_new_tokens):
 
 
 def chat_prompt(engine, history, question, parameters):
-    """Token ids that ask `question` after `history`, exchanges [question, answer]; says on stderr what did not fit."""
-    roles, texts = itertools.cycle(["user", "assistant"]), [*itertools.chain(*history), question]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    """Token ids that ask `question` after `history`, as training rows have it; says on stderr what did not fit."""
+    messages = [*parse_history(list(history)), message("user", question)]
     ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
     if dropped:
         note = f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out"

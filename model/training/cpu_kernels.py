@@ -6,12 +6,12 @@ Shape letters: B batch, T tokens, H query heads, G key/value heads, D head size,
 import torch
 
 
-def install(model, dtype):
-    """Have `model`, a Transformer on the CPU, train with these kernels: the loss always, attention in bfloat16."""
-    model.training_loss_kernel = ChunkedCrossEntropy.apply
-    if dtype == torch.bfloat16:
-        for layer in model.layers:
-            layer.attention.training_kernel = BlockAttention.apply
+def install(model, device, dtype):
+    """Have `model`, a Transformer, train with these kernels where they serve: on the CPU, attention in bfloat16."""
+    on_cpu = device.type == "cpu"
+    model.training_loss_kernel = ChunkedCrossEntropy.apply if on_cpu else None
+    for layer in model.layers:
+        layer.attention.training_kernel = BlockAttention.apply if on_cpu and dtype == torch.bfloat16 else None
 
 
 class BlockAttention(torch.autograd.Function):

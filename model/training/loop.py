@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import checkpoint_path, file_sha256, load_weights, read_tensors, resume_path, save_checkpoint
-from model.cli import command_line
+from model.checkpoint import checkpoint_path, file_sha256, read_tensors, resume_path, save_checkpoint
 from model.data.dataset import token_byte_lengths
 from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
-from model.errors import FULL_DISK, UserError, warn
+from model.errors import FULL_DISK, UserError, command_line, warn
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
 from model.training.optimizer import learning_rate_factor
@@ -54,7 +53,9 @@ def measure(batch, byte_lengths):
 
 @dataclasses.dataclass
 class RunState:
-    """Where a run stands. What a checkpoint tells of it comes first, what concerns this process alone after it."""
+    """Where a run stands. The fields named in SAVED are what a checkpoint tells, the others concern this process."""
+
+    SAVED = ("step", "tokens_seen", "supervised_tokens_seen", "train_seconds", "validation_loss", "validation_bits_per_byte")
 
     step: int = 0  # optimizer steps done
     tokens_seen: int = 0
@@ -65,11 +66,12 @@ class RunState:
     first_step: int = 0
     saved_step: int | None = None
     stopping: bool = False
+    gradient_norm: float = 0.0  # of the last step, before clipping
     steady_since: float | None = None  # when the first step of this process was over, which may hold compilation
 
     def progress(self):
         """What a checkpoint tells, as a dict."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
+        return {name: getattr(self, name) for name in self.SAVED}
 
 
 class Trainer:
@@ -144,7 +146,7 @@ class Trainer:
         saved = read_tensors(path)
         try:
             resume.check_trajectory(saved["trajectory"], self.trajectory)
-            load_weights(self.model, saved["weights"], path)
+            self.strategy.load_weights(saved["weights"], path)
             self.strategy.load_state_dict(saved)
             self.train_loader.load_state_dict(saved["loader"])
             resume.restore_random_state(saved["random"][ranks.rank()], self.device)
@@ -229,7 +231,7 @@ class Trainer:
         sums = [sum(column) for column in zip(*counts)][:4] + [flops]
         items, rows, tokens, size, flops = ranks.sum_over_ranks(sums, self.device)
         loss = self.accumulate(batches, [count[1] / rows for count in counts], items)
-        loss, self.gradient_norm = self.update(loss)
+        loss, self.state.gradient_norm = self.update(loss)
         self.state.step += 1
         self.state.tokens_seen += int(tokens)
         self.state.supervised_tokens_seen += int(items)
@@ -266,7 +268,8 @@ class Trainer:
             raise UserError(self.divergence(loss, norm_value))
         if self.settings.grad_clip and norm_value > self.settings.grad_clip and not overflowed:
             self.strategy.clip(norm, self.settings.grad_clip)
-        self.strategy.step(learning_rate_factor(self.state.step, self.total_steps, self.warmup_steps))
+        factor = learning_rate_factor(self.state.step, self.total_steps, self.warmup_steps)
+        self.strategy.step(factor, skip=overflowed)
         return loss, norm_value
 
     def divergence(self, loss, norm):
@@ -284,7 +287,7 @@ class Trainer:
         loss, bits_per_byte = mean_loss(window)
         record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
         record.update(bits_per_byte=bits_per_byte, learning_rate=self.strategy.learning_rate)
-        record.update(gradient_norm=self.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
+        record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
         if peak:
             record["mfu"] = window["flops"] / window["seconds"] / peak / ranks.world_size()

@@ -81,9 +81,10 @@ def check_trajectory(saved, own):
 class StopRequest:
     """Context in which the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual."""
 
-    requested = False
+    requested, previous = False, {}
 
     def __enter__(self):
+        self.requested = False
         self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import nn
 
+from model.checkpoint import load_weights
 from model.device import check_compiler
 from model.training import cpu_kernels, ranks
 from model.training.optimizer import build_optimizers, set_learning_rates
@@ -25,8 +26,7 @@ class DataParallel:
 
     def __init__(self, model, settings, device, dtype, dynamic=False):
         self.model, self.optimizers = model, build_optimizers(model, settings)
-        if device.type == "cpu":
-            cpu_kernels.install(model, dtype)
+        cpu_kernels.install(model, device, dtype)
         self.runner = model
         if ranks.world_size() > 1:
             # An expert that no token chose has no gradient; without find_unused_parameters DDP would wait for it.
@@ -61,11 +61,12 @@ class DataParallel:
         """Scale the gradient, whose norm the tensor `norm` is, down to `limit`."""
         nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
-    def step(self, factor):
-        """Apply the gradients at `factor` times the peak learning rates, unless they overflowed; then forget them."""
+    def step(self, factor, skip=False):
+        """Apply the gradients at `factor` times the peak learning rates, or `skip` them; then forget them."""
         set_learning_rates(self.optimizers, factor)
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not skip:  # the scaler would skip only the optimizer whose own gradients overflowed
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
 
@@ -77,6 +78,10 @@ class DataParallel:
     def weights(self):
         """The state dict that a checkpoint holds."""
         return self.model.state_dict()
+
+    def load_weights(self, weights, path):
+        """Put back what weights() gave and `path` holds; UserError names the first tensor that does not fit."""
+        load_weights(self.model, weights, path)
 
     def state_dict(self):
         """Optimizers and scaler as tensors and plain values."""

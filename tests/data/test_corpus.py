@@ -268,7 +268,7 @@ def test_bad_items_of_a_list_are_named_and_the_others_kept(tmp_path):
 
 @pytest.mark.parametrize("end, words", [
     (b'{"text": "br', ":4: .*Unterminated string"), (b'{"text": "b"}', ":4: .*delimiter"), (b'{"text" "b"}]', ":4: .*delimiter"),
-    (b'{"text": "\xff"}]', ":4: .*not UTF-8"), (b"1]\n[2]", ":5: .*Extra data"), (b"[" * 100_000, ":1: .*brackets"),
+    (b'{"text": "\xff"}]', ":4: .*not UTF-8"), (b"1]\n[2]", ":5: .*Extra data"), (b"[" * 100_000, ":1: .*brackets"), (b"1" * 5000 + b"]", ":1: .*digits"),
 ])  # fmt: skip
 def test_a_list_that_is_broken_is_one_error_at_its_line(tmp_path, end, words):
     path = tmp_path / "rows.json"

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.inference.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.training import cpu_kernels
@@ -56,7 +57,7 @@ def test_they_serve_training_alone_and_change_neither_loss_nor_gradient(monkeypa
     input_ids, results = torch.randint(0, 300, (2, 70)), []
     for installed in (False, True):
         if installed:
-            cpu_kernels.install(model, dtype)
+            cpu_kernels.install(model, torch.device("cpu"), dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = model(input_ids, labels=input_ids, return_logits=False).loss
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -68,4 +69,12 @@ def test_they_serve_training_alone_and_change_neither_loss_nor_gradient(monkeypa
     used.clear()
     with torch.no_grad():
         model(input_ids, labels=input_ids, return_logits=False)
+    cache = KVCache(model.config, 2, 80)
+    for part in (input_ids[:, :60], input_ids[:, 60:61]):  # one token after many: more keys than queries
+        used.clear()
+        model(part, kv_cache=cache)
+        cache.advance(part.shape[1])
+    assert not used
+    cpu_kernels.install(model, torch.device("cuda"), dtype)
+    model(input_ids, labels=input_ids, return_logits=False).loss.backward()
     assert not used

@@ -385,14 +385,14 @@ def test_non_finite_numbers_stop_before_the_weights_change(pretrain_csv, tmp_pat
     assert again.state.step == 4
 
 
-def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokenizer):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokenizer, optimizer):
     def overflowing(model, batch, num_items):
         loss, aux_loss = language_model_loss(model, batch, num_items)
         return loss + (model.layers[0].attention.wq.weight * 0).abs().sqrt().sum(), aux_loss
 
-    run = make_trainer(
-        pretrain_csv, tmp_path, "--dtype", "float16", "--epochs", 9, tokenizer=tokenizer, loss_function=overflowing
-    )
+    words = ("--dtype", "float16", "--epochs", 9, "--optimizer", optimizer)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=overflowing)
     before = weights(run)
     with pytest.raises(UserError, match="gradient norm is nan"):
         run.train()
@@ -481,6 +481,20 @@ def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer,
     run.resume()
     assert run.state.step == 5 and run.train() is True
     assert run.path.read_bytes() == straight.path.read_bytes()
+
+
+def test_a_stopped_trainer_goes_on_where_it_is(pretrain_csv, tmp_path, tokenizer):
+    def interrupted(model, batch, num_items):
+        if model.training and run.state.step == 2 and not run.stop.requested and not saved:
+            signal.raise_signal(signal.SIGINT)
+        return language_model_loss(model, batch, num_items)
+
+    saved = []
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 6, tokenizer=tokenizer, loss_function=interrupted)
+    assert run.train() is False and run.state.step == 3
+    saved.append(3)
+    run.resume()
+    assert run.train() is True and run.state.step == 6
 
 
 def test_a_second_signal_acts_as_usual(capsys):
