@@ -37,13 +37,18 @@ def run(command, stdout=None):
     return process.stdout
 
 
+def quoted(path):
+    """A path as a word of a command, blanks and Windows' separators included."""
+    return shlex.quote(path.as_posix())
+
+
 def accuracy(checkpoint, test, max_steps):
     """Share of the held-out questions in the file `test` that `checkpoint` answers right; of 20 of them if max_steps."""
     if max_steps:
         few = test.with_name(f"few_{test.name}")
         few.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
         test = few
-    command = f"2-eval.py --checkpoint {checkpoint} --prompt_file {test} --json --max_new_tokens 48"
+    command = f"2-eval.py --checkpoint {quoted(checkpoint)} --prompt_file {quoted(test)} --json --max_new_tokens 48"
     *table, result = run(command, subprocess.PIPE).splitlines()
     print("\n".join(table), flush=True)
     return json.loads(result)["accuracy"]
@@ -60,11 +65,12 @@ def main():
     started = float(os.environ.get("QUICKSTART_STARTED") or time.time())  # make's: the installation counts too
     stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
-    run(f"data_process.py demo --output_dir {args.data_dir}")
+    run(f"data_process.py demo --output_dir {quoted(args.data_dir)}")
     began = time.time()
     for name, flags in RECIPE.items():
-        stage, saving = STAGES[name], f"--out_dir {args.out_dir} --eval_interval 1000 --save_interval 1000"
-        run(f"{stage.command} --data_path {args.data_dir / Path(stage.data_path).name} {MODEL} {flags} {saving}{stop}")
+        data_path = quoted(args.data_dir / Path(STAGES[name].data_path).name)
+        saving = f"--out_dir {quoted(args.out_dir)} --eval_interval 1000 --save_interval 1000"
+        run(f"{STAGES[name].command} --data_path {data_path} {MODEL} {flags} {saving}{stop}")
     seconds = time.time() - began
     paths = {name: args.out_dir / f"{name}_192.pth" for name in RECIPE}
     records = {name: json.loads(path.with_suffix(".json").read_text("utf-8")) for name, path in paths.items()}
@@ -74,11 +80,11 @@ def main():
     tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
     before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
     after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}
-    run(f"2-eval.py --checkpoint {chat} --temperature 0 --max_new_tokens 48")
+    run(f"2-eval.py --checkpoint {quoted(chat)} --temperature 0 --max_new_tokens 48")
     print(f"\n{'held-out accuracy':20s}{'single-turn SFT':>18s}{'multi-turn SFT':>18s}")
     for name in tests:
         print(f"{name:20s}{before[name]:18.1%}{after[name]:18.1%}")
-    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {chat} --interactive\n")
+    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(chat)} --interactive\n")
     result = {
         "facts_heldout_accuracy": round(after["facts"], 4),
         "multi_turn_accuracy": round(after["multi_turn"], 4),

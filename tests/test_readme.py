@@ -77,7 +77,7 @@ def test_make_targets_exist():
 
 
 def test_quickstart_goes_all_the_way(tmp_path):
-    command = [sys.executable, "quickstart.py", "--data_dir", tmp_path / "data", "--out_dir", tmp_path / "out", "--max_steps", "2"]
+    command = [sys.executable, "quickstart.py", "--data_dir", tmp_path / "the data", "--out_dir", tmp_path / "out of it", "--max_steps", "2"]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout.splitlines()[-1])
