@@ -3,8 +3,14 @@
 import argparse
 import dataclasses
 
-from model.settings import DataSettings, InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
-from model.settings import violation as limit_violation
+from model.settings import (
+    DataSettings,
+    InferenceSettings,
+    ModelSettings,
+    SamplingParameters,
+    TrainingSettings,
+    violation,
+)
 
 
 def script_parser(description):
@@ -34,7 +40,7 @@ def checked(kind, limits):
 
     def parse(text):
         value = kind(text)
-        if problem := limit_violation(value, **limits):
+        if problem := violation(value, **limits):
             raise argparse.ArgumentTypeError(f"{problem}, got {text}")
         return value
 

@@ -37,10 +37,15 @@ def run_main(main):
     sys.exit(code)
 
 
-def warn(text):
+def tell(text):
     """One line on stderr, from one of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text):
+    """tell, as a warning."""
+    tell(f"warning: {text}")
 
 
 def command_line(*extra, without=None):

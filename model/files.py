@@ -45,7 +45,7 @@ def uncompressed_suffix(path):
 
 
 def expand_paths(patterns):
-    """Turn paths and glob patterns into a sorted list of existing files without repeats; an empty match is an error."""
+    """Existing files of paths and glob patterns, each pattern's in order, without repeats; no match is a UserError."""
     paths = {}
     for pattern in map(str, patterns):
         matches = sorted(glob.glob(pattern, recursive=True))

@@ -128,9 +128,9 @@ class Attention(nn.Module):
     def attend(self, query, key, value, mask):
         """query [B, H, T, D], key and value [B, G, K, D] -> [B, H, T, D], by the fastest kernel that can do it."""
         dropout = self.dropout if self.training else 0.0
-        if self.training_kernel and torch.is_grad_enabled() and mask is None and dropout == 0 and self.flash_attn:
-            if query.shape[2] == key.shape[2]:
-                return self.training_kernel(query, key, value)
+        causal_alone = mask is None and dropout == 0 and query.shape[2] == key.shape[2]
+        if self.training_kernel and self.flash_attn and causal_alone and torch.is_grad_enabled():
+            return self.training_kernel(query, key, value)
         attend = F.scaled_dot_product_attention if self.flash_attn else plain_attention
         # "if" makes a plain bool of a length that torch.compile keeps symbolic; a kernel's flag may not be symbolic.
         causal = True if mask is None and query.shape[2] > 1 else False

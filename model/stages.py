@@ -22,5 +22,5 @@ STAGES = {
         Stage("multi_chat/full_sft", "3-full_sft.py --multi", "dataset/sft_data.csv", ("single_chat/full_sft",)),
     )
 }
-PRETRAINED_STAGES = ("pretrain",)
-CHAT_STAGES = ("multi_chat/full_sft", "single_chat/full_sft")  # those that answer, the last one first
+PRETRAINED_STAGES = tuple(name for name, stage in STAGES.items() if not stage.parents)
+CHAT_STAGES = tuple(name for name, stage in reversed(STAGES.items()) if stage.parents)  # they answer; last one first

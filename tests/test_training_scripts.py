@@ -217,6 +217,17 @@ def test_two_ranks_train_as_one_process_of_twice_the_batch(run, flags, tmp_path,
         assert torch.allclose(one, two, atol=2e-4), name
 
 
+def test_full_disk_while_tokenising_is_one_line_and_leaves_nothing(flags, tmp_path, pretrain_csv):
+    import resource
+
+    cache = tmp_path / "cache"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # noqa: E731
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--cache_dir", cache, "--max_steps", 1]
+    process = run_script(*words, preexec_fn=limit)
+    assert_one_line_error(process, cache, "cannot write the token cache", "--cache_dir")
+    assert not [path for path in cache.iterdir() if path.name not in (".lock", "hashes.json")]
+
+
 # ---- wrong input
 
 

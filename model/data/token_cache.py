@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 from model.data.conversations import BadRow, fit_turns, training_conversation
 from model.data.rows import RowReport, iter_records
-from model.errors import FULL_DISK, UserError
+from model.errors import FULL_DISK, UserError, tell
 from model.files import atomic_write, sync_directory
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
 
@@ -138,9 +137,10 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     """
     path = Path(path)
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
+    words = tokenizer_hash(tokenizer)
 
     def folder(digest):
-        deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, digest, tokenizer_hash(tokenizer)]
+        deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, digest, words]
         fingerprint = hashlib.blake2b(json.dumps(deciding).encode(), digest_size=FINGERPRINT_DIGITS // 2).hexdigest()
         return cache_dir / f"{path.name.split('.')[0]}-{encoding.kind}-{fingerprint}"
 
@@ -199,8 +199,7 @@ def _lock(directory):
     try:
         return lock.acquire(timeout=0)
     except Timeout:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"waiting for another process that is tokenising into {directory}", file=sys.stderr)
+        tell(f"waiting for another process that is tokenising into {directory}")
         return lock.acquire()
     except OSError as error:
         if error.errno not in NO_LOCKS + NOT_WRITABLE:
@@ -248,7 +247,8 @@ def _write_arrays(path, tokenizer, encoding, folder):
                 written = arrays.setdefault(name, {"dtype": array.dtype.str, "length": 0})
                 written["length"] += len(array)
                 with open(folder / f"{name}.bin", "ab") as file:
-                    (array + num_tokens if name.endswith("_ends") else array).tofile(file)
+                    # Not array.tofile, whose error of a full disk says neither disk nor file.
+                    file.write((array + num_tokens if name.endswith("_ends") else array).data)
             num_tokens += len(block["tokens"])
             bar.update(report.bytes_read - bar.n)
     for name in arrays:

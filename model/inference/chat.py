@@ -1,8 +1,7 @@
 """Conversations with an engine: the prompt that fits the context, the answer printed while it is being written."""
 
-import sys
-
 from model.data.conversations import message, parse_history
+from model.errors import tell
 from model.tokenizer import render_conversation
 
 
@@ -29,8 +28,7 @@ def chat_prompt(engine, history, question, parameters):
     messages = [*parse_history(list(history)), message("user", question)]
     ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
     if dropped:
-        note = f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out"
-        print(note, file=sys.stderr)
+        tell(f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out")
     return ids
 
 

@@ -1,11 +1,9 @@
 """From InferenceSettings to a running Engine: which checkpoint, on what device, in which number format."""
 
-import sys
-
 from model.build import requested_config, required_fields
 from model.checkpoint import check_tokenizer, find_checkpoint, load_model, read_metadata
 from model.device import select_device, select_dtype
-from model.errors import UserError
+from model.errors import UserError, tell
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
 from model.stages import CHAT_STAGES
@@ -29,8 +27,7 @@ def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
             raise UserError(f"--rope_scaling needs a --max_seq_len above the trained {trained} tokens", exit_code=2)
         fields["rope_scaling"] = {"rope_type": settings.rope_scaling, "factor": length / trained}
     elif length > trained:
-        note = f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn"
-        print(note, file=sys.stderr)
+        tell(f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn")
     model, metadata = load_model(path, **fields)
     tokenizer = load_tokenizer(settings.tokenizer_path)
     check_tokenizer(tokenizer, path, model, metadata)

@@ -95,6 +95,7 @@ class Trainer:
         self.strategy = strategy(model, settings, self.device, self.dtype, dynamic=train.lengths is not None)
         self.train_loader, self.validation_loader = self.make_loader(train), self.make_loader(validation)
         self.validation_start = self.validation_loader.state_dict()
+        self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.total_steps = self.count_steps()
         self.warmup_steps = min(100, self.total_steps // 20) if settings.warmup_iters is None else settings.warmup_iters
@@ -227,7 +228,9 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`."""
         counts = [measure(batch, self.byte_lengths) for batch in batches]
-        flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
+        flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
+        if self.peak_flops:
+            flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
         sums = [sum(column) for column in zip(*counts)][:4] + [flops]
         items, rows, tokens, size, flops = ranks.sum_over_ranks(sums, self.device)
         loss = self.accumulate(batches, [count[1] / rows for count in counts], items)
@@ -283,14 +286,14 @@ class Trainer:
 
     def report(self, window):
         """One line and one record on the steps since the last report."""
-        state, peak, load = self.state, peak_flops(self.device, self.dtype), self.model.expert_load()
+        state, load = self.state, self.model.expert_load()
         loss, bits_per_byte = mean_loss(window)
         record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
         record.update(bits_per_byte=bits_per_byte, learning_rate=self.strategy.learning_rate)
         record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
-        if peak:
-            record["mfu"] = window["flops"] / window["seconds"] / peak / ranks.world_size()
+        if self.peak_flops:
+            record["mfu"] = window["flops"] / window["seconds"] / self.peak_flops / ranks.world_size()
         if state.steady_since:
             steady = (time.perf_counter() - state.steady_since) / (state.step - state.first_step - 1)
             record["seconds_left"] = round(steady * (self.total_steps - state.step), 1)

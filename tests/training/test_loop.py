@@ -606,6 +606,21 @@ def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
     assert lines[-1]["validation_bits_per_byte"] == run.state.progress()["validation_bits_per_byte"]
 
 
+def test_mfu_is_what_the_tokens_cost_by_the_peak(pretrain_csv, tmp_path, tokenizer):
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 3, "--accumulation_steps", 2, tokenizer=tokenizer)
+    run.peak_flops = 1e9
+    run.train()
+    last = [record for record in records(run) if "loss" in record][-1]
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] * reports.flops_per_token(run.model, 32) / 1e9)
+    assert "mfu" not in records(make_and_train(pretrain_csv, tmp_path / "cpu", tokenizer))[-2]
+
+
+def make_and_train(data_path, out_dir, tokenizer):
+    run = make_trainer(data_path, out_dir, "--max_steps", 1, tokenizer=tokenizer)
+    run.train()
+    return run
+
+
 def test_mfu_formula(tokenizer):
     model, _ = make_model(tokenizer, "--use_moe")
     total, active = reports.count_parameters(model)
