@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
 
-.PHONY: quickstart test images benchmarks clean
+.PHONY: quickstart test lint images benchmarks clean
 
 # From an empty folder to a model that answers, on the demo data the repository brings along.
 quickstart: export QUICKSTART_STARTED := $(shell date +%s)
@@ -11,6 +11,11 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q -n 2 tests
+
+# Style and the mistakes that a reader of code alone can find; `.venv/bin/ruff format` mends the style.
+lint: .venv/installed
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
 
 # The diagrams of README.md, and the demo's loss curves as the last quickstart drew them.
 images: .venv/installed

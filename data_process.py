@@ -35,7 +35,7 @@ EPILOGS = {
     "Rows without history go to sft_data_single.csv, rows with history to sft_data.csv.",
     "dpo": 'Rows: {"prompt" or "question" or "instruction" (+ "input"), "chosen", "rejected"}, each a text or a list of '
     'messages; {"conversations", "chosen": {"value"}, "rejected": {"value"}}; {"instruction", "output": [chosen, '
-    'rejected]}; as one JSON list or one object a line. Preferences inside a longer conversation are dropped.',
+    "rejected]}; as one JSON list or one object a line. Preferences inside a longer conversation are dropped.",
 }
 
 
@@ -66,7 +66,9 @@ def add_corpus_flags(parser, kind):
         parser.add_argument(f"--{flag}", metavar="FILE", help=f"instead of OUTPUT_DIR/{name}")
     add_flags(parser, RULES[kind], "filters")
     parser.add_argument("--no_dedup", action="store_true", help="keep exact duplicates")
-    parser.add_argument("--near_dedup", action="store_true", help="also drop near duplicates (MinHash over runs of 5 characters)")
+    parser.add_argument(
+        "--near_dedup", action="store_true", help="also drop near duplicates (MinHash over runs of 5 characters)"
+    )
     parser.add_argument("--near_dedup_threshold", type=checked(float, {"least": 0.1, "most": 0.99}), default=0.8,
                         metavar="SIMILARITY", help="Jaccard similarity from which --near_dedup drops a row (default: 0.8)")  # fmt: skip
 

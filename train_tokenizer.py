@@ -24,19 +24,32 @@ DEFAULT_INPUTS = ("dataset/tokenizer_train.jsonl", "dataset/pretrain_data.csv")
 
 def parse_arguments():
     parser = script_parser(__doc__)
-    parser.add_argument("--data_path", nargs="+", metavar="FILE",
-                        help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs. Rows have text, or history/q/a, or "
-                        f"conversations (default: {' or '.join(DEFAULT_INPUTS)})")
-    parser.add_argument("--output_dir", default=str(DEFAULT_TOKENIZER_PATH),
-                        help="folder to write (default: model/minimind_tokenizer)")
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs. Rows have text, or history/q/a, or "
+        f"conversations (default: {' or '.join(DEFAULT_INPUTS)})",
+    )
+    parser.add_argument(
+        "--output_dir", default=str(DEFAULT_TOKENIZER_PATH), help="folder to write (default: model/minimind_tokenizer)"
+    )
     parser.add_argument("--vocab_size", type=positive_int, default=6400, help="number of words (default: %(default)s)")
-    parser.add_argument("--max_chars", type=positive_int, default=10_000_000,
-                        help="characters sampled at most, in equal shares for every group (default: %(default)s); "
-                        "training takes about 100 bytes of memory for each")
-    parser.add_argument("--group_field", metavar="FIELD",
-                        help="rows with the same value of this field are a group (default: a file is a group)")
-    parser.add_argument("--exclude_groups", nargs="+", default=[], metavar="PREFIX",
-                        help="leave out groups whose name begins so")
+    parser.add_argument(
+        "--max_chars",
+        type=positive_int,
+        default=10_000_000,
+        help="characters sampled at most, in equal shares for every group (default: %(default)s); "
+        "training takes about 100 bytes of memory for each",
+    )
+    parser.add_argument(
+        "--group_field",
+        metavar="FIELD",
+        help="rows with the same value of this field are a group (default: a file is a group)",
+    )
+    parser.add_argument(
+        "--exclude_groups", nargs="+", default=[], metavar="PREFIX", help="leave out groups whose name begins so"
+    )
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the sample (default: %(default)s)")
     args = parser.parse_args()
     if args.vocab_size not in VOCABULARY_SIZES:
@@ -53,8 +66,10 @@ def main():
     paths = expand_paths(args.data_path)
     sample = read_sample(paths, args.max_chars, args.group_field, args.exclude_groups, args.seed)
     groups, excluded = len(sample.sizes), len(sample.sizes) - len(sample.kept_sizes)
-    print(f"{sum(sample.sizes.values()):,} characters in {groups} groups, {excluded} groups excluded; "
-          f"training on {sum(map(len, sample.texts)):,} characters of {len(sample.texts):,} documents")
+    print(
+        f"{sum(sample.sizes.values()):,} characters in {groups} groups, {excluded} groups excluded; "
+        f"training on {sum(map(len, sample.texts)):,} characters of {len(sample.texts):,} documents"
+    )
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the compiled loop would notice Ctrl-C only at its end
     backend = train(sample.texts, args.vocab_size)
     signal.signal(signal.SIGINT, handler)

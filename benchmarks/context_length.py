@@ -56,7 +56,9 @@ def main():
             model = load_model(args.checkpoint, max_seq_len=trained * factor, rope_scaling=scaling)[0].eval()
             rows = tokens.view(-1, trained * factor)
             with torch.inference_mode():
-                parts = [model(row[None], labels=row[None]).loss for row in tqdm(rows, desc=kind, leave=False, disable=None)]
+                parts = [
+                    model(row[None], labels=row[None]).loss for row in tqdm(rows, desc=kind, leave=False, disable=None)
+                ]
             losses[f"{trained * factor} {kind}"] = round(float(torch.stack(parts).mean()), 4)
             print(f"{trained * factor:6d} tokens, scaling {kind:6s}  loss {losses[f'{trained * factor} {kind}']:.4f}")
     print(json.dumps({"tokens": len(tokens), "loss": losses}))

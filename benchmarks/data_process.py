@@ -56,7 +56,15 @@ def run(source, directory, flags):
     """The --report of one run, with its processor time added."""
     report = directory / "report.json"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, ROOT / "data_process.py", "pretrain", "--data_path", source, "--output", directory / "out.csv"]
+    command = [
+        sys.executable,
+        ROOT / "data_process.py",
+        "pretrain",
+        "--data_path",
+        source,
+        "--output",
+        directory / "out.csv",
+    ]
     subprocess.run([*command, "--report", report, *flags], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

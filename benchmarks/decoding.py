@@ -88,7 +88,9 @@ def main():
         config = preset_config(args.preset)
     except ValueError as error:
         raise UserError(f"--preset: {error}", exit_code=2) from None
-    prompts = torch.randint(3, config.vocab_size, (args.requests, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        3, config.vocab_size, (args.requests, 32), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     rates, ratios = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         functions = contenders(args, config, dtype, device)
@@ -96,7 +98,9 @@ def main():
             label = f"{str(dtype).removeprefix('torch.')}, {count} request{'s' if count > 1 else ''}"
             measured = median_rates(functions, prompts[:count], args.new_tokens, args.repeats)
             rates[label] = {name: round(rate, 1) for name, rate in measured.items()}
-            ratios[label] = {name: round(rate / measured["stock"], 3) for name, rate in measured.items() if name != "stock"}
+            ratios[label] = {
+                name: round(rate / measured["stock"], 3) for name, rate in measured.items() if name != "stock"
+            }
             print(f"{label:22s} " + "  ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in measured.items()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(json.dumps({"device": name, "tokens_per_second": rates, "ratio_to_stock": ratios}))

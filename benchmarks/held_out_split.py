@@ -69,7 +69,10 @@ def main():
     texts = [row["text"] for row in itertools.islice(iter_records(args.data_path, ("text",)), number)]
     if len(texts) < number:
         raise UserError(f"{args.data_path}: has {len(texts)} documents, {number} are needed; choose fewer --documents")
-    documents, result = texts[: args.documents], {"preset": args.preset, "documents": args.documents, "epochs": args.epochs}
+    documents, result = (
+        texts[: args.documents],
+        {"preset": args.preset, "documents": args.documents, "epochs": args.epochs},
+    )
     pieces = [text[start : start + PIECE] for text in documents for start in range(0, len(text), PIECE)]
     with tempfile.TemporaryDirectory() as folder:
         unseen = write_rows(Path(folder) / "unseen.jsonl", texts[args.documents :])

@@ -127,7 +127,9 @@ def main():
     if "minimind-v1-moe" in rates and "minimind-v1-small" in rates:
         ratios["minimind-v1-moe"] = rates["minimind-v1-moe"] / rates["minimind-v1-small"]
     result = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": args.compile,
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},

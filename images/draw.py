@@ -1,8 +1,8 @@
 """The pictures of README.md: the structure of a preset, drawn from its configuration, and loss curves, drawn from logs.
 
-    python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
-    python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
-    python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
+python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
+python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
+python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
 """
 
 import argparse
@@ -163,7 +163,9 @@ def draw_curves(logs):
         for record in held_out[:1] + held_out[-1:]:
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
             place = (record["step"], record["validation_loss"])
-            axes.annotate(text, place, textcoords="offset points", xytext=(-20 if record["step"] else 8, 12), fontsize=8)
+            axes.annotate(
+                text, place, textcoords="offset points", xytext=(-20 if record["step"] else 8, 12), fontsize=8
+            )
         axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel="loss (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()

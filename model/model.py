@@ -267,7 +267,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         moe = config.use_moe
-        self.feed_forward = MOEFeedForward(config) if moe else FeedForward(config.dim, config.hidden_dim, config.dropout)
+        self.feed_forward = (
+            MOEFeedForward(config) if moe else FeedForward(config.dim, config.hidden_dim, config.dropout)
+        )
 
     def forward(self, x, rotary, mask, kv_cache, token_mask):
         """x [B, T, C] -> x [B, T, C], aux_loss (None when dense)."""

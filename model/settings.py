@@ -37,7 +37,13 @@ def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=Non
     if isinstance(value, (int, float)) and value > most:
         return f"must be at most {most}"
     if isinstance(value, (int, float)) and not least <= value < below:
-        return f"must be at least {least}" if value < least else "must be finite" if below == math.inf else f"must be below {below}"
+        return (
+            f"must be at least {least}"
+            if value < least
+            else "must be finite"
+            if below == math.inf
+            else f"must be below {below}"
+        )
     return None
 
 
@@ -50,7 +56,9 @@ class ShapeSettings(Checked):
     n_layers: int = flag(None, "number of layers", int, least=1)
     n_heads: int = flag(None, "number of attention heads, a divisor of --dim", int, least=1)
     n_kv_heads: int = flag(None, "number of key/value heads, a divisor of --n_heads", int, least=1)
-    max_seq_len: int = flag(None, "tokens of a row or a whole chat (default: the preset's or checkpoint's)", int, least=1)
+    max_seq_len: int = flag(
+        None, "tokens of a row or a whole chat (default: the preset's or checkpoint's)", int, least=1
+    )
     use_moe: bool = flag(None, "mixture of experts instead of dense", bool)
 
 
@@ -77,16 +85,28 @@ class TrainingSettings(Checked):
     """How a stage trains; the same for all of them."""
 
     out_dir: str = flag("out", "where checkpoints and logs go (default: {default})")
-    epochs: int = flag(None, "passes over the data (default: {default}, with --max_steps as many as it takes)", int, least=1)
-    max_steps: int = flag(None, "optimizer steps, where the schedule ends too; with --epochs what ends first", int, least=1)
-    stop_after: int = flag(None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP")
+    epochs: int = flag(
+        None, "passes over the data (default: {default}, with --max_steps as many as it takes)", int, least=1
+    )
+    max_steps: int = flag(
+        None, "optimizer steps, where the schedule ends too; with --epochs what ends first", int, least=1
+    )
+    stop_after: int = flag(
+        None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP"
+    )
     batch_size: int = flag(None, "rows per forward pass (default: 64 on a GPU, 8 elsewhere)", int, least=1)
-    accumulation_steps: int = flag(None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1)
+    accumulation_steps: int = flag(
+        None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
+    )
     learning_rate: float = flag(2e-4, "peak (default: {default})", least=0)
-    warmup_iters: int = flag(None, "steps of linear warm-up before the cosine (default: 5 %, at most 100)", int, least=0)
+    warmup_iters: int = flag(
+        None, "steps of linear warm-up before the cosine (default: 5 %, at most 100)", int, least=0
+    )
     weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
     grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
-    optimizer: str = flag("adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon"))
+    optimizer: str = flag(
+        "adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon")
+    )
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")

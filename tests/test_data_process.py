@@ -18,7 +18,13 @@ from conftest import ROOT, assert_one_line_error, run_script
 TEXTS = [f"第{number}篇：天地玄黄，宇宙洪荒。" for number in range(200)]
 CONVERSATIONS = [
     {"id": 1, "instruction": "", "input": "你是谁", "output": "我是小助手。", "history": [], "language": "Chinese"},
-    {"id": 2, "instruction": "翻译成白话", "input": "天地玄黄", "output": "天是黑的，地是黄的。", "history": [["你好", "你好！"]]},
+    {
+        "id": 2,
+        "instruction": "翻译成白话",
+        "input": "天地玄黄",
+        "output": "天是黑的，地是黄的。",
+        "history": [["你好", "你好！"]],
+    },
     {"id": 3, "instruction": "Hello", "input": "", "output": "Hi", "history": [], "language": "English"},
 ]
 
@@ -50,10 +56,23 @@ def test_pretrain_reads_globs_and_compressed_files_and_reports(tmp_path):
                          "--report", tmp_path / "report.json")  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert [row["text"] for row in rows_of(tmp_path / "out/pretrain_data.csv")] == TEXTS
-    for part in ("rows read", "202", "bad lines", f"not JSON, first at {tmp_path}/b.jsonl.gz:101", "min_chinese", "MB/s", "peak memory"):
+    for part in (
+        "rows read",
+        "202",
+        "bad lines",
+        f"not JSON, first at {tmp_path}/b.jsonl.gz:101",
+        "min_chinese",
+        "MB/s",
+        "peak memory",
+    ):
         assert part in process.stdout
     report = json.loads((tmp_path / "report.json").read_text())["pretrain"]
-    assert (report["rows_read"], report["documents_kept"], report["bad_lines"], report["dropped"]) == (202, 200, 1, {"min_chinese": 1})
+    assert (report["rows_read"], report["documents_kept"], report["bad_lines"], report["dropped"]) == (
+        202,
+        200,
+        1,
+        {"min_chinese": 1},
+    )
     assert report["bad_lines_file"] == str(tmp_path / "out/pretrain_data.bad_lines.txt")
 
 
@@ -81,14 +100,20 @@ def test_sft_corpora_of_one_kind_each_are_processed_one_after_the_other(tmp_path
         source = write_jsonl(tmp_path / f"{name}.jsonl", rows)
         process = run_script("data_process.py", "sft", "--data_path", source, "--output_dir", tmp_path / "out")
         assert process.returncode == 0, process.stderr
-    assert f"{tmp_path}/out/sft_data.csv: left as it was: no row is for it" in process.stdout and "warning" not in process.stdout
+    assert (
+        f"{tmp_path}/out/sft_data.csv: left as it was: no row is for it" in process.stdout
+        and "warning" not in process.stdout
+    )
     assert [row["q"] for row in rows_of(tmp_path / "out/sft_data.csv")] == ["翻译成白话\n天地玄黄"]
     assert [row["q"] for row in rows_of(tmp_path / "out/sft_data_single.csv")] == ["你是谁"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["sft_data.csv", "sft_data_single.csv"]
 
 
 def test_dpo(tmp_path):
-    pairs = [{"prompt": "你是谁？", "chosen": "我是小助手。", "rejected": "不知道。"}, {"prompt": "你好", "chosen": "好", "rejected": "好"}]
+    pairs = [
+        {"prompt": "你是谁？", "chosen": "我是小助手。", "rejected": "不知道。"},
+        {"prompt": "你好", "chosen": "好", "rejected": "好"},
+    ]
     (tmp_path / "raw.json").write_text(json.dumps(pairs))
     process = run_script("data_process.py", "dpo", "--data_path", tmp_path / "raw.json", "--output_dir", tmp_path)
     assert process.returncode == 0 and "same_answers" in process.stdout, process.stderr
@@ -96,21 +121,47 @@ def test_dpo(tmp_path):
 
 
 def test_flags_decide_what_is_kept(tmp_path):
-    source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text} for text in ("天地玄黄，宇宙洪荒。" * 3, "天地", "天地", "heaven")])
+    source = write_jsonl(
+        tmp_path / "raw.jsonl", [{"text": text} for text in ("天地玄黄，宇宙洪荒。" * 3, "天地", "天地", "heaven")]
+    )
     process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--min_chars", 2,
                          "--max_chars", 10, "--min_chinese", 0, "--no_dedup")  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地", "天地", "heaven"] and "longer than --max_chars" in process.stdout
-    process = run_script("data_process.py", "pretrain", "--data_path", source, "--output", tmp_path / "out.csv", "--near_dedup", "--min_chars", 2)
-    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。" * 3, "天地"], process.stderr
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == [
+        "天地",
+        "天地",
+        "heaven",
+    ] and "longer than --max_chars" in process.stdout
+    process = run_script(
+        "data_process.py",
+        "pretrain",
+        "--data_path",
+        source,
+        "--output",
+        tmp_path / "out.csv",
+        "--near_dedup",
+        "--min_chars",
+        2,
+    )
+    assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。" * 3, "天地"], (
+        process.stderr
+    )
 
 
 def test_demo_builds_the_files_of_every_stage(tmp_path):
     process = run_script("data_process.py", "demo", "--output_dir", tmp_path)
     assert process.returncode == 0, process.stderr
     names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")}
-    assert {"pretrain_data.csv", "sft_data_single.csv", "sft_data.csv", "dpo/train_data.json", "heldout/facts.jsonl"} <= names
-    assert any(name.startswith("ceval-exam/val/") for name in names) and any(name.startswith("ceval-exam/dev/") for name in names)
+    assert {
+        "pretrain_data.csv",
+        "sft_data_single.csv",
+        "sft_data.csv",
+        "dpo/train_data.json",
+        "heldout/facts.jsonl",
+    } <= names
+    assert any(name.startswith("ceval-exam/val/") for name in names) and any(
+        name.startswith("ceval-exam/dev/") for name in names
+    )
     assert "bad lines" not in process.stdout and "dropped: min" not in process.stdout
     assert (tmp_path / "pretrain_data.csv").stat().st_size > 2_000_000
 
@@ -137,7 +188,11 @@ def test_demo_replaces_its_own_files_and_no_others(tmp_path):
 def test_demo_in_its_usual_place_fills_the_exams_usual_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     process = subprocess.run([sys.executable, ROOT / "data_process.py", "demo", "--output_dir", "./dataset/"])
-    assert process.returncode == 0 and list(tmp_path.glob("ceval/ceval-exam/val/*.csv")) and not (tmp_path / "dataset/ceval-exam").exists()
+    assert (
+        process.returncode == 0
+        and list(tmp_path.glob("ceval/ceval-exam/val/*.csv"))
+        and not (tmp_path / "dataset/ceval-exam").exists()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -148,18 +203,27 @@ def pretrain(tmp_path, *flags, **options):
 
 
 def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path):
-    empty, english = tmp_path / "empty.jsonl", write_jsonl(tmp_path / "english.jsonl", [{"text": "heaven and earth"}] * 3)
+    empty, english = (
+        tmp_path / "empty.jsonl",
+        write_jsonl(tmp_path / "english.jsonl", [{"text": "heaven and earth"}] * 3),
+    )
     empty.touch()
     not_text = tmp_path / "binary.jsonl"
     not_text.write_bytes("中文\n".encode("gbk") * 3)
-    assert_one_line_error(pretrain(tmp_path, "--data_path", tmp_path / "none.jsonl"), tmp_path / "none.jsonl", "no such file")
+    assert_one_line_error(
+        pretrain(tmp_path, "--data_path", tmp_path / "none.jsonl"), tmp_path / "none.jsonl", "no such file"
+    )
     assert_one_line_error(pretrain(tmp_path, "--data_path", tmp_path), "is a directory")
     assert_one_line_error(pretrain(tmp_path, "--data_path", empty), empty, "empty")
     assert_one_line_error(pretrain(tmp_path, "--data_path", english), "none of the 3 rows", "--min_chinese")
     assert_one_line_error(pretrain(tmp_path, "--data_path", not_text), "not UTF-8", f"{not_text}:1")
-    assert_one_line_error(run_script("data_process.py", "pretrain", "--data_path", english, "--output", english), "both input and output")
+    assert_one_line_error(
+        run_script("data_process.py", "pretrain", "--data_path", english, "--output", english), "both input and output"
+    )
     both = "--output_single", tmp_path / "a.csv", "--output_multi", tmp_path / "a.csv"
-    assert_one_line_error(run_script("data_process.py", "sft", "--data_path", english, *both), tmp_path / "a.csv", "two different outputs")
+    assert_one_line_error(
+        run_script("data_process.py", "sft", "--data_path", english, *both), tmp_path / "a.csv", "two different outputs"
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["binary.jsonl", "empty.jsonl", "english.jsonl"]
 
 
@@ -194,7 +258,9 @@ def start(tmp_path, large_file):
                "--data_path", large_file]  # fmt: skip
     # A suite started in the background inherits "ignore Ctrl-C"; a terminal's children do not.
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
     for _ in range(2000):
         if any(file.stat().st_size > 1 << 20 for file in tmp_path.glob("out.csv.tmp-*")):
             return process
@@ -208,7 +274,11 @@ def members(group):
     found = []
     for entry in os.listdir("/proc"):
         try:
-            if entry.isdigit() and os.getpgid(int(entry)) == group and open(f"/proc/{entry}/stat").read().split()[2] != "Z":
+            if (
+                entry.isdigit()
+                and os.getpgid(int(entry)) == group
+                and open(f"/proc/{entry}/stat").read().split()[2] != "Z"
+            ):
                 found.append(int(entry))
         except OSError:
             continue

@@ -224,9 +224,7 @@ def test_bad_input_gets_one_line(run, tmp_path, out_dir):
     for script in ("0-eval_pretrain.py", "2-eval.py"):
         failed(run(script, "--checkpoint", tmp_path / "none.pth"), "none.pth", "no such checkpoint")
         failed(run(script, "--out_dir", tmp_path), "_32.pth", "no such checkpoint")
-        failed(
-            run(script, "--preset", "minimind-tiny", "--dim", "192"), "_192.pth", "_32.pth)", "--checkpoint"
-        )
+        failed(run(script, "--preset", "minimind-tiny", "--dim", "192"), "_192.pth", "_32.pth)", "--checkpoint")
         failed(run(script, "--prompt", "  "), "--prompt is empty", code=2)
         failed(run(script, "--prompt", "\udcff"), "not UTF-8", code=2)
         failed(run(script, "--prompt", "字" * 200), "tokens but the context only 64")

@@ -80,7 +80,11 @@ def test_parameter_counts_and_names_of_v1():
         model = Transformer(preset_config("minimind-v1-moe", n_shared_experts=True))
     assert (sum(p.numel() for p in model.parameters()), len(model.state_dict())) == (96_100_864, 179)
     names = set(model.state_dict())
-    for name in ("feed_forward.gate.weight", "feed_forward.experts.3.w2.weight", "feed_forward.shared_experts.w1.weight"):
+    for name in (
+        "feed_forward.gate.weight",
+        "feed_forward.experts.3.w2.weight",
+        "feed_forward.shared_experts.w1.weight",
+    ):
         assert f"layers.7.{name}" in names
     assert {"tok_embeddings.weight", "norm.weight", "output.weight", "layers.0.attention.wo.weight"} <= names
     assert not any("rotary" in name or "pos_cis" in name or "mask" in name for name in names)
@@ -110,7 +114,11 @@ def test_equals_stock_llama_after_the_row_permutation():
     source = ours.state_dict()
     target = {"model.embed_tokens.weight": source["tok_embeddings.weight"], "model.norm.weight": source["norm.weight"]}
     target["lm_head.weight"] = source["output.weight"]
-    names = {"attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "attention_norm": "input_layernorm"}
+    names = {
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "attention_norm": "input_layernorm",
+    }
     names |= {"ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj"}
     names |= {"feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
     for index in range(config.n_layers):

@@ -15,14 +15,27 @@ def test_git_keeps_the_explanation_and_ignores_everything_else():
     process = subprocess.run(["git", "check-ignore", *made, "out/README.md"], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.split() == made
     text = (ROOT / "out" / "README.md").read_text("utf-8")
-    for name in ("`pretrain_<dim>", "`single_chat/full_sft_<dim>", "`multi_chat/full_sft_<dim>", ".resume.pth", "`logs/"):
+    for name in (
+        "`pretrain_<dim>",
+        "`single_chat/full_sft_<dim>",
+        "`multi_chat/full_sft_<dim>",
+        ".resume.pth",
+        "`logs/",
+    ):
         assert name in text
 
 
 def test_make_clean_leaves_the_explanation(tmp_path):
     for name in ("Makefile", "requirements.txt", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    files = ["out/README.md", "out/pretrain_512.pth", "out/.hidden", "out/quickstart/README.md", "dataset/own.csv", ".venv/x"]
+    files = [
+        "out/README.md",
+        "out/pretrain_512.pth",
+        "out/.hidden",
+        "out/quickstart/README.md",
+        "dataset/own.csv",
+        ".venv/x",
+    ]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

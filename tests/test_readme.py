@@ -21,7 +21,16 @@ EXTRA = {
     "0-eval_pretrain.py": BRIEF,
     "2-eval.py": BRIEF,
     "train_tokenizer.py": ["--vocab_size", "600", "--output_dir", "retrained"],
-    "benchmarks/training.py": ["--presets", "minimind-tiny", "--steps", "1", "--batch_size", "1", "--max_seq_len", "16"],
+    "benchmarks/training.py": [
+        "--presets",
+        "minimind-tiny",
+        "--steps",
+        "1",
+        "--batch_size",
+        "1",
+        "--max_seq_len",
+        "16",
+    ],
     "benchmarks/decoding.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--repeats", "1"],
     "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
     "benchmarks/data_process.py": ["--megabytes", "1"],
@@ -77,7 +86,16 @@ def test_make_targets_exist():
 
 
 def test_quickstart_goes_all_the_way(tmp_path):
-    command = [sys.executable, "quickstart.py", "--data_dir", tmp_path / "the data", "--out_dir", tmp_path / "out of it", "--max_steps", "2"]
+    command = [
+        sys.executable,
+        "quickstart.py",
+        "--data_dir",
+        tmp_path / "the data",
+        "--out_dir",
+        tmp_path / "out of it",
+        "--max_steps",
+        "2",
+    ]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     result = json.loads(process.stdout.splitlines()[-1])
@@ -104,7 +122,11 @@ def test_every_python_command_runs(copy):
         if words[0] == "images/draw.py" and "curves" in words:
             words = words[:2] + ["--logs", "out/logs/pretrain_32.jsonl", "--output", "loss.png"]
         process = subprocess.run(
-            [sys.executable, *words], cwd=copy, capture_output=True, text=True, input="你好\n/exit\n" if interactive else ""
+            [sys.executable, *words],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            input="你好\n/exit\n" if interactive else "",
         )
         assert process.returncode == 0, f"{line}\n{process.stderr[-2000:]}"
         if words[0].startswith("benchmarks/"):
@@ -113,7 +135,8 @@ def test_every_python_command_runs(copy):
 
 def test_the_notebook_example_runs_and_is_the_same_in_both(copy):
     (chinese,), (english,) = (
-        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S) for name in ("README.md", "README_en.md")
+        re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
+        for name in ("README.md", "README_en.md")
     )
     assert chinese == english and "max_steps=100" in chinese
     program = chinese.replace("max_steps=100", "max_steps=2")

@@ -32,9 +32,11 @@ ordinary_text = st.text(st.one_of(st.characters(codec="utf-8"), st.sampled_from(
     lambda text: not any(token in text for token in SPECIAL_TOKENS)
 )
 # Pieces from which control tokens and their look-alikes arise, also across the borders of the pieces.
-hostile_text = st.lists(st.sampled_from(
-    [*SPECIAL_TOKENS, "<", "</", "s", "s>", ">", "/", "unk", "<<s>", "\n", "assistant", "user\n", " ", "你好"]
-)).map("".join)
+hostile_text = st.lists(
+    st.sampled_from(
+        [*SPECIAL_TOKENS, "<", "</", "s", "s>", ">", "/", "unk", "<<s>", "\n", "assistant", "user\n", " ", "你好"]
+    )
+).map("".join)
 any_text = st.one_of(ordinary_text, hostile_text)
 roles = st.sampled_from(ROLES)
 
@@ -153,7 +155,9 @@ def test_rendering_of_a_known_conversation():
         {"role": "assistant", "content": "再见"},
     ]
     ids, mask = render_conversation(TOKENIZER, messages, add_generation_prompt=True)
-    turns = "<s>system\n你是助手</s>\n<s>user\n你好</s>\n<s>assistant\n好\n的</s>\n<s>user\n</s>\n<s>assistant\n再见</s>\n"
+    turns = (
+        "<s>system\n你是助手</s>\n<s>user\n你好</s>\n<s>assistant\n好\n的</s>\n<s>user\n</s>\n<s>assistant\n再见</s>\n"
+    )
     assert TOKENIZER.decode(ids) == turns + "<s>assistant\n"
     supervised = TOKENIZER.decode([token_id for token_id, chosen in zip(ids, mask) if chosen])
     assert supervised == "好\n的</s>再见</s>"
@@ -201,10 +205,18 @@ def test_template_cannot_be_broken_out_of(messages):
         assert f"<s>{message['role']}\n{visible}</s>\n" in text
 
 
-@pytest.mark.parametrize("message", [
-    {"role": "tool", "content": "x"}, {"role": "user</s>", "content": "x"}, {"content": "x"}, {"role": "user"},
-    {"role": "user", "content": None}, {"role": "user", "content": ["x"]}, "text",
-])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": "x"},
+        {"role": "user</s>", "content": "x"},
+        {"content": "x"},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": ["x"]},
+        "text",
+    ],
+)
 def test_bad_messages_are_refused(message):
     with pytest.raises(UserError, match="message"):
         render_conversation(TOKENIZER, [message])
@@ -229,7 +241,8 @@ def test_hash_names_the_ids(tmp_path):
     again = pickle.loads(pickle.dumps(TOKENIZER))
     assert tokenizer_hash(again) == tokenizer_hash(TOKENIZER)
     assert render_conversation(again, [{"role": "user", "content": "<s>"}]) == render_conversation(
-        TOKENIZER, [{"role": "user", "content": "<s>"}])
+        TOKENIZER, [{"role": "user", "content": "<s>"}]
+    )
     shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / "changed")
     file = tmp_path / "changed" / "tokenizer.json"
     definition = json.loads(file.read_text())

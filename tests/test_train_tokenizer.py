@@ -48,11 +48,16 @@ def trained(tmp_path_factory):
     """Trained on all kinds of input at once, bad rows among them -> (finished process, its folder, input folder)."""
     folder = tmp_path_factory.mktemp("text")
     write_jsonl(folder / "a.jsonl.gz", [{"text": text} for text in sentences(150, 1)], gzip.open)
-    write_jsonl(folder / "b.jsonl.xz", [{"history": [[q, a]], "q": q, "a": a} for q, a in
-                                        zip(sentences(60, 2), sentences(60, 3))], lzma.open)
+    write_jsonl(
+        folder / "b.jsonl.xz",
+        [{"history": [[q, a]], "q": q, "a": a} for q, a in zip(sentences(60, 2), sentences(60, 3))],
+        lzma.open,
+    )
     answer = {"role": "assistant", "content": "好"}
-    write_jsonl(folder / "c.jsonl", [{"conversations": [{"role": "user", "content": text}, answer]}
-                                     for text in sentences(60, 4)])
+    write_jsonl(
+        folder / "c.jsonl",
+        [{"conversations": [{"role": "user", "content": text}, answer]} for text in sentences(60, 4)],
+    )
     with open(folder / "c.jsonl", "a") as handle:
         handle.write("{broken\n")
     with open(folder / "d.csv", "w", newline="", encoding="utf-8") as handle:
@@ -69,7 +74,7 @@ def test_folder_is_complete_and_works(trained):
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer) == 700
     assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [0, 1, 2]
-    text = WORDS[0] + WORDS[1] + "😀\n\"\\ NA 2026 龘"
+    text = WORDS[0] + WORDS[1] + '😀\n"\\ NA 2026 龘'
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
     assert encode_text(tokenizer, "a\nb") == [token for part in "a\nb" for token in encode_text(tokenizer, part)]
     messages = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": WORDS[1]}]
@@ -125,9 +130,14 @@ def test_shares_are_fair_and_spread_over_the_file(tmp_path):
 
 def test_conversations_are_the_texts_of_their_turns(tmp_path):
     pair, system = {"q": "丙", "a": "丁"}, {"role": "system", "content": "简短"}
-    path = write_jsonl(tmp_path / "rows.jsonl", [
-        {"history": [system, ["甲", "乙"]], **pair}, {"history": None, **pair}, {"history": [["甲"]], **pair},
-    ])
+    path = write_jsonl(
+        tmp_path / "rows.jsonl",
+        [
+            {"history": [system, ["甲", "乙"]], **pair},
+            {"history": None, **pair},
+            {"history": [["甲"]], **pair},
+        ],
+    )
     report = RowReport()
     assert [text for _, text in iter_documents(path, None, report)] == ["简短\n甲\n乙\n丙\n丁", "丙\n丁"]
     assert report.places == {'"history" is not a list of [question, answer]': [f"{path}:3"]}
@@ -148,16 +158,19 @@ def test_groups_by_field_can_be_left_out(tmp_path):
     assert_one_line_error(train("--data_path", path, "--group_field", "origin"), path, "no field 'origin'")
 
 
-@pytest.mark.parametrize("name, content, parts", [
-    ("missing.jsonl", None, ["no such file"]),
-    ("empty.jsonl", b"", ["is empty"]),
-    ("empty.txt", b"", ["is empty"]),
-    ("other.csv", b"title,body\n1,2\n", ["no column 'text'", "title, body"]),
-    ("bad.jsonl", b"nonsense\n", ["not JSON", "bad.jsonl:1"]),
-    ("binary.txt", b"\xff\xfe\xff\n", ["no text to train on"]),
-    ("picture.png", b"\x89PNG", ["expected a .csv or .jsonl"]),
-    ("short.txt", "你好。\n再见。\n".encode(), ["--vocab_size 700", "smaller --vocab_size"]),
-])
+@pytest.mark.parametrize(
+    "name, content, parts",
+    [
+        ("missing.jsonl", None, ["no such file"]),
+        ("empty.jsonl", b"", ["is empty"]),
+        ("empty.txt", b"", ["is empty"]),
+        ("other.csv", b"title,body\n1,2\n", ["no column 'text'", "title, body"]),
+        ("bad.jsonl", b"nonsense\n", ["not JSON", "bad.jsonl:1"]),
+        ("binary.txt", b"\xff\xfe\xff\n", ["no text to train on"]),
+        ("picture.png", b"\x89PNG", ["expected a .csv or .jsonl"]),
+        ("short.txt", "你好。\n再见。\n".encode(), ["--vocab_size 700", "smaller --vocab_size"]),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name, content, parts):
     if content is not None:
         (tmp_path / name).write_bytes(content)

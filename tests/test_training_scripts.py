@@ -107,9 +107,7 @@ def test_compiled_and_eager_runs_agree_and_write_the_same_names(
     # The real backend needs half a minute of C++ compilation; this one traces the same graphs and runs them as they
     # are.
     compile_function = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options)
-    )
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     flags += ["--n_layers", 1]

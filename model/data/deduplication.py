@@ -23,7 +23,9 @@ def minhash_bands(texts, bands, rows):
         return np.empty((0, bands), dtype=np.uint64)
     shingles = [shingle_hashes(text) for text in texts]
     offsets = np.cumsum([0] + [len(hashes) for hashes in shingles]).astype(np.uint64)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, bands * rows, MINHASH_SEED)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        np.concatenate(shingles), offsets, bands * rows, MINHASH_SEED
+    )
     signatures = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(texts), bands, rows)
     hashes = np.broadcast_to(np.arange(1, bands + 1, dtype=np.uint64), (len(texts), bands))
     for row in range(rows):

@@ -78,7 +78,9 @@ class PretrainRules(Rules):
     """{"text"} -> column text. A document stays whole."""
 
     min_chars: int = flag(5, "least characters of a document (default: {default})", least=0)
-    max_chars: int = flag(0, "most characters of a document, longer ones are dropped; 0: no limit (default: {default})", least=0)
+    max_chars: int = flag(
+        0, "most characters of a document, longer ones are dropped; 0: no limit (default: {default})", least=0
+    )
     frames = ((b"text\n", b""),)
 
     def convert(self, record):

@@ -149,7 +149,9 @@ def iter_records(path, columns, report=None, json_columns=(), alternative=None):
         raise UserError(f"{path}: is empty, it has no rows")
     if not kept:
         found = f"; {record}" if isinstance(record, str) else ""
-        raise UserError(f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}")
+        raise UserError(
+            f"{path}: none of the first {met:,} rows can be used, the last ({place}) because: {problem}{found}"
+        )
     if own_report and (report.dropped or report.notes):
         print("\n".join(report.summary()), file=sys.stderr)
 

@@ -191,11 +191,13 @@ class ByteLevelVocabulary:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
         tokenizer = Tokenizer(models.BPE(vocab=self.words, merges=list(self.merges)))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\n"), "isolated"),
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL_TOKENS])
         return tokenizer
@@ -220,8 +222,10 @@ def train(sample, vocab_size):
     for left, right in merges[common:]:
         vocabulary.add(left, right)
     if len(vocabulary.words) < vocab_size:
-        raise UserError(f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
-                        f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size")
+        raise UserError(
+            f"--vocab_size {vocab_size}: the sample of {counts.total():,} characters yields only "
+            f"{len(vocabulary.words)} words; give more text with --data_path, or a smaller --vocab_size"
+        )
     return vocabulary.backend()
 
 

@@ -55,7 +55,14 @@ def measure(batch, byte_lengths):
 class RunState:
     """Where a run stands. The fields named in SAVED are what a checkpoint tells, the others concern this process."""
 
-    SAVED = ("step", "tokens_seen", "supervised_tokens_seen", "train_seconds", "validation_loss", "validation_bits_per_byte")
+    SAVED = (
+        "step",
+        "tokens_seen",
+        "supervised_tokens_seen",
+        "train_seconds",
+        "validation_loss",
+        "validation_bits_per_byte",
+    )
 
     step: int = 0  # optimizer steps done
     tokens_seen: int = 0
@@ -343,4 +350,6 @@ class Trainer:
                 raise
             kept = f"the checkpoint of step {previous} is intact" if previous else "there is no earlier checkpoint"
             way_out = f"free some space and go on with: {command_line('--resume')}" if previous else "free some space"
-            raise UserError(f"{self.path}: {error.strerror} while saving step {state.step}; {kept}; {way_out}") from None
+            raise UserError(
+                f"{self.path}: {error.strerror} while saving step {state.step}; {kept}; {way_out}"
+            ) from None

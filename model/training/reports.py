@@ -65,7 +65,9 @@ class RunLog:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
         if self.wandb_run is not None:
             step = record.pop("step")
-            self.wandb_run.log({name: value for name, value in record.items() if not isinstance(value, list)}, step=step)
+            self.wandb_run.log(
+                {name: value for name, value in record.items() if not isinstance(value, list)}, step=step
+            )
 
     def close(self):
         if self.bar is not None:
@@ -106,7 +108,9 @@ def mean_loss(sums):
 
 def step_line(record, total_steps):
     """The line on the terminal for one record of the log."""
-    text = "step {step:,}/{total:,}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
+    text = (
+        "step {step:,}/{total:,}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
+    )
     text = (text + "  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(total=total_steps, **record)
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"

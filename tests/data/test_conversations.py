@@ -78,16 +78,23 @@ def test_what_is_written_is_read_again(letters):
     assert training_conversation({"history": history, "q": question, "a": answer}) == messages
     spoken = [turn["role"] for turn in messages if turn["role"] != "system"]
     assert spoken == ["user", "assistant"] * (len(spoken) // 2)
-    assert "\n".join(turn["content"] for turn in messages) == "\n".join(turn["content"] for turn in text_messages(letters))
+    assert "\n".join(turn["content"] for turn in messages) == "\n".join(
+        turn["content"] for turn in text_messages(letters)
+    )
 
 
-@pytest.mark.parametrize("history", [[SYSTEM, ["q"]], [{"role": "user", "content": "q"}], [{"role": "system"}], {}, 5, "[", [["q", 1]]])
+@pytest.mark.parametrize(
+    "history", [[SYSTEM, ["q"]], [{"role": "user", "content": "q"}], [{"role": "system"}], {}, 5, "[", [["q", 1]]]
+)
 def test_other_histories_are_bad_rows(history):
     with pytest.raises(BadRow, match='"history" is not'):
         training_conversation({"history": history, "q": "q", "a": "a"})
 
 
-@pytest.mark.parametrize("turn", ["x", {"role": "tool", "content": "x"}, {"role": ["user"], "content": "x"}, {"role": "user"}, {"content": "x"}])
+@pytest.mark.parametrize(
+    "turn",
+    ["x", {"role": "tool", "content": "x"}, {"role": ["user"], "content": "x"}, {"role": "user"}, {"content": "x"}],
+)
 def test_turns_without_known_role_or_text_are_bad_rows(turn):
     with pytest.raises(BadRow, match="turn"):
         training_conversation({"conversations": [turn, ANSWER]})

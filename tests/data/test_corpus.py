@@ -23,10 +23,27 @@ from model.data.rows import iter_records
 from model.errors import UserError
 
 some_cases = settings(deadline=None, max_examples=60)
-PROSE = st.text(alphabet="天地玄黄宇宙洪荒a1。！？，、；”」 \n\"…", max_size=200)
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda text: not text.isspace())
+PROSE = st.text(alphabet='天地玄黄宇宙洪荒a1。！？，、；”」 \n"…', max_size=200)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(
+    lambda text: not text.isspace()
+)
 KEEP_ALL = PretrainRules(min_chars=0, max_chars=0, min_chinese=0)
-NASTY = ['他说："好"。', "C:\\新建\\n", "一\r二", "一\r\n二\n", "NA", "null", "", "a,b", "👍🏽龙", "\x00零", '"', '""', "\ufeff标", "一\u2028二"]
+NASTY = [
+    '他说："好"。',
+    "C:\\新建\\n",
+    "一\r二",
+    "一\r\n二\n",
+    "NA",
+    "null",
+    "",
+    "a,b",
+    "👍🏽龙",
+    "\x00零",
+    '"',
+    '""',
+    "\ufeff标",
+    "一\u2028二",
+]
 
 
 def read_csv(data):
@@ -58,7 +75,10 @@ def test_share_of_chinese_counts_characters(text):
 
 
 @some_cases
-@given(st.lists(ANY_TEXT | st.text("中a1é。 ", min_size=1, max_size=20), max_size=20), st.sampled_from([0.01, 0.3, 0.5, 0.9, 1.0]))
+@given(
+    st.lists(ANY_TEXT | st.text("中a1é。 ", min_size=1, max_size=20), max_size=20),
+    st.sampled_from([0.01, 0.3, 0.5, 0.9, 1.0]),
+)
 def test_the_blockwise_filter_agrees_with_the_share(texts, least):
     dropped = {"min_chinese": 0}
     rows = [Row(0, b"", text.encode()) for text in texts]
@@ -96,7 +116,7 @@ def test_the_projects_reader_gives_the_texts_back(tmp_path):
 
 
 def test_documents_stay_whole_unless_a_limit_drops_them(tmp_path):
-    document = "他说：\"天地玄黄。\"宇宙洪荒，日月盈昃。\n" * 9000
+    document = '他说："天地玄黄。"宇宙洪荒，日月盈昃。\n' * 9000
     source = write_jsonl(tmp_path / "raw.jsonl", [{"text": document}, {"text": "短文也要留下。"}])
     process_corpus([source], [tmp_path / "out.csv"], PretrainRules())
     assert texts_of(tmp_path / "out.csv") == [document, "短文也要留下。"]
@@ -106,7 +126,11 @@ def test_documents_stay_whole_unless_a_limit_drops_them(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- schemas
 
-CONVERSATION = [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "你好！"}, {"role": "user", "content": "再见"}]
+CONVERSATION = [
+    {"from": "human", "value": "你好"},
+    {"from": "gpt", "value": "你好！"},
+    {"role": "user", "content": "再见"},
+]
 ANSWERED = [*CONVERSATION, {"role": "assistant", "content": "再见！"}]
 HISTORY = [["你好", "你好！"]]
 
@@ -114,15 +138,30 @@ HISTORY = [["你好", "你好！"]]
 @pytest.mark.parametrize(
     "record, history, question, answer",
     [
-        ({"instruction": "翻译", "input": "你好", "output": "hello", "history": [], "language": "Chinese"}, [], "翻译\n你好", "hello"),
-        ({"instruction": "", "input": "你是谁", "output": "我是小助手", "history": HISTORY}, HISTORY, "你是谁", "我是小助手"),
+        (
+            {"instruction": "翻译", "input": "你好", "output": "hello", "history": [], "language": "Chinese"},
+            [],
+            "翻译\n你好",
+            "hello",
+        ),
+        (
+            {"instruction": "", "input": "你是谁", "output": "我是小助手", "history": HISTORY},
+            HISTORY,
+            "你是谁",
+            "我是小助手",
+        ),
         ({"instruction": "你是谁", "output": "我", "history": None}, [], "你是谁", "我"),
         ({"q": "你是谁", "a": "我", "history": json.dumps(HISTORY)}, HISTORY, "你是谁", "我"),
         ({"q": "你是谁", "a": "我", "history": ""}, [], "你是谁", "我"),
         ({"question": "你是谁", "answer": "我"}, [], "你是谁", "我"),
         ({"prompt": "你是谁", "response": "我"}, [], "你是谁", "我"),
         ({"conversations": ANSWERED}, HISTORY, "再见", "再见！"),
-        ({"messages": [{"role": "system", "content": "简短"}, *ANSWERED]}, [{"role": "system", "content": "简短"}, *HISTORY], "再见", "再见！"),
+        (
+            {"messages": [{"role": "system", "content": "简短"}, *ANSWERED]},
+            [{"role": "system", "content": "简短"}, *HISTORY],
+            "再见",
+            "再见！",
+        ),
     ],
 )
 def test_conversation_schemas(record, history, question, answer):
@@ -209,7 +248,9 @@ def read_all(path, monkeypatch, block_bytes, block_items=500):
     return rows, [problem for block in blocks for problem in block.problems]
 
 
-RECORDS = st.lists(st.fixed_dictionaries({"text": st.text("[]{}\",\\ 中\n", max_size=12), "x": st.lists(st.integers(), max_size=2)}))
+RECORDS = st.lists(
+    st.fixed_dictionaries({"text": st.text('[]{}",\\ 中\n', max_size=12), "x": st.lists(st.integers(), max_size=2)})
+)
 
 
 @some_cases
@@ -236,12 +277,23 @@ def test_lines_come_out_with_their_numbers_at_any_block_size(tmp_path_factory, r
 def problems_of(path, rules=KEEP_ALL):
     found = []
     for block in read_blocks(path):
-        found += [(where.removeprefix(f"{path}:"), kind) for where, kind, _ in convert_block(block, rules, False, None).bad]
+        found += [
+            (where.removeprefix(f"{path}:"), kind) for where, kind, _ in convert_block(block, rules, False, None).bad
+        ]
     return found
 
 
 def test_bad_lines_are_named_by_line_and_kind_and_stop_nothing(tmp_path):
-    rows = [b'{"text": "ok"}', b'{"text": "\xe4\xb8"}', b"", b"{text}", b"[1]", b'"x"', b'{"text": "\\ud83d"}', b'{"text": "n", "s": NaN}']
+    rows = [
+        b'{"text": "ok"}',
+        b'{"text": "\xe4\xb8"}',
+        b"",
+        b"{text}",
+        b"[1]",
+        b'"x"',
+        b'{"text": "\\ud83d"}',
+        b'{"text": "n", "s": NaN}',
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(rows) + b"\n")
     assert problems_of(path) == [
@@ -283,7 +335,11 @@ def test_an_overlong_line_is_bad_and_the_rest_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "BLOCK_BYTES", 64)
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "b" * 5000}, {"text": "c"}, {"text": "d"}])
     assert problems_of(path) == [("2", "longer than 0 MiB")]
-    assert [json.loads(row)["text"] for block in read_blocks(path) for _, row in rows_of(block) if row] == ["a", "c", "d"]
+    assert [json.loads(row)["text"] for block in read_blocks(path) for _, row in rows_of(block) if row] == [
+        "a",
+        "c",
+        "d",
+    ]
     with open(path, "ab") as handle:
         handle.write(b"e" * 3000)
     assert problems_of(path)[1:] == [("5", "longer than 0 MiB")]
@@ -296,7 +352,8 @@ COMPRESSORS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd.compress
 def test_compressed_files_of_several_members_are_read_and_cut_ones_refused(tmp_path, suffix):
     chance = random.Random(0)
     halves = [
-        "".join(json.dumps({"text": f"{part} {chance.random()}"}) + "\n" for _ in range(5000)).encode() for part in ("a", "b")
+        "".join(json.dumps({"text": f"{part} {chance.random()}"}) + "\n" for _ in range(5000)).encode()
+        for part in ("a", "b")
     ]
     data = b"".join(map(COMPRESSORS[suffix], halves))
     path, output = tmp_path / f"rows.jsonl{suffix}", tmp_path / "out.csv"
@@ -341,13 +398,15 @@ def test_near_duplicates_go_and_different_texts_stay(tmp_path, monkeypatch):
 
 def test_the_output_does_not_depend_on_workers_or_blocks(tmp_path, monkeypatch):
     chance = random.Random(0)
-    rows = [{"text": "".join(chance.choices("天地玄黄，宇宙。\"\nab", k=chance.randint(1, 90)))} for _ in range(3000)]
+    rows = [{"text": "".join(chance.choices('天地玄黄，宇宙。"\nab', k=chance.randint(1, 90)))} for _ in range(3000)]
     source = write_jsonl(tmp_path / "raw.jsonl", rows + rows[::7])
     monkeypatch.setattr(corpus, "PARALLEL_FROM_BYTES", 0)
     results = []
     for workers, block_bytes in ((1, 1 << 20), (3, 9_000), (2, 50_000)):
         monkeypatch.setattr(corpus, "BLOCK_BYTES", block_bytes)
-        report = process_corpus([source], [tmp_path / "out.csv"], PretrainRules(max_chars=80), near_threshold=0.8, workers=workers)
+        report = process_corpus(
+            [source], [tmp_path / "out.csv"], PretrainRules(max_chars=80), near_threshold=0.8, workers=workers
+        )
         results.append((tmp_path / "out.csv").read_bytes())
         assert report.workers == workers
         assert report.rows == report.kept + report.dropped.total() == len(rows) + len(rows[::7])
@@ -355,7 +414,7 @@ def test_the_output_does_not_depend_on_workers_or_blocks(tmp_path, monkeypatch):
 
 
 def test_preferences_become_one_json_list(tmp_path):
-    pairs = [{**PAIR, "prompt": f"{number}号，你是谁？\n\"\\"} for number in range(5)]
+    pairs = [{**PAIR, "prompt": f'{number}号，你是谁？\n"\\'} for number in range(5)]
     source = tmp_path / "raw.json"
     source.write_text(json.dumps(pairs, indent=1))
     process_corpus([source], [tmp_path / "out.json"], PreferenceRules())

@@ -236,7 +236,9 @@ def test_the_split_counts_rows_of_which_nothing_fits(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = np.random.default_rng((5, 1)).choice(30, 6, replace=False).tolist()
     for max_seq_len in (30, 200):
-        for part, held_out in zip(open_sft_data(path, TOKENIZER, max_seq_len, validation_share=0.2, seed=5), (False, True)):
+        for part, held_out in zip(
+            open_sft_data(path, TOKENIZER, max_seq_len, validation_share=0.2, seed=5), (False, True)
+        ):
             texts = [TOKENIZER.decode(part[row]["input_ids"]) for row in range(len(part))]
             found = [int(text.split("</s>")[0].partition("q")[2]) for text in texts]
             wanted = [row for row in range(30) if (row in chosen) == held_out and (row % 3 or max_seq_len == 200)]

@@ -44,7 +44,9 @@ def test_a_shared_band_is_a_near_duplicate_in_the_same_block_and_in_later_ones()
     duplicates, dropped = DuplicateFilter(exact=True, near=True), {"duplicate": 0, "near_duplicate": 0}
 
     def keep(digests, bands):
-        block = SimpleNamespace(payloads=digests, digests=np.array(digests, np.uint64), bands=np.array(bands, np.uint64))
+        block = SimpleNamespace(
+            payloads=digests, digests=np.array(digests, np.uint64), bands=np.array(bands, np.uint64)
+        )
         return duplicates.keep(block, dropped).tolist()
 
     assert keep([1, 2, 3, 1], [[11, 12], [13, 12], [14, 15], [16, 17]]) == [True, False, True, False]

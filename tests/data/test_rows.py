@@ -111,9 +111,7 @@ def test_a_whole_file_with_other_line_ends_than_its_header_is_one_clear_error(tm
         read(path, ("text",))
 
 
-@pytest.mark.parametrize(
-    "suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd.compress)]
-)
+@pytest.mark.parametrize("suffix, compress", [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd.compress)])
 def test_compressed(tmp_path, suffix, compress):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress('{"text": "雪"}\n'.encode()))
@@ -187,7 +185,9 @@ def test_bad_jsonl_rows_are_counted_where_they_are(tmp_path):
 
 def test_json_lines_with_their_places_and_problems(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"q": [NaN, 123456789012345678901234567890]}\n \n[1]\n{"q"\n{"a": "\xff"}\n{"a": "\\ud83d"}')
+    path.write_bytes(
+        b'\xef\xbb\xbf{"q": [NaN, 123456789012345678901234567890]}\n \n[1]\n{"q"\n{"a": "\xff"}\n{"a": "\\ud83d"}'
+    )
     (first, record, problem), *others = iter_json_lines(path)
     assert (first, problem) == (f"{path}:1", None) and record["q"][0] != record["q"][0]
     assert [(place.rsplit(":", 1)[1], record, problem) for place, record, problem in others] == [

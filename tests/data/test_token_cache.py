@@ -301,7 +301,13 @@ def test_leftovers_of_others_stay_for_a_day(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     here = socket.gethostname()
-    names = [f"{here}-{dead.pid}-x", f"{here}-{os.getpid()}-x", f"elsewhere-{dead.pid}-x", "older_format", "elsewhere-1-old"]
+    names = [
+        f"{here}-{dead.pid}-x",
+        f"{here}-{os.getpid()}-x",
+        f"elsewhere-{dead.pid}-x",
+        "older_format",
+        "elsewhere-1-old",
+    ]
     dying, living, elsewhere, unknown, old = (cache_dir / f"b-sft-{'0' * 20}.tmp-{name}" for name in names)
     mine = cache_dir / "notes.tmp-old"
     for folder in (dying, living, elsewhere, unknown, old, mine):
@@ -317,7 +323,9 @@ def test_of_processes_that_start_together_one_reads_the_file(tmp_path, start_bui
     path, go = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"]])), tmp_path / "go"
     outputs = [tmp_path / str(rank) for rank in range(3)]
     processes = [start_build("hashlib.file_digest", path, go, output) for output in outputs]
-    wait_for(lambda: sorted(output.read_text()[:7] for output in outputs) == ["held\n", "waiting", "waiting"], processes)
+    wait_for(
+        lambda: sorted(output.read_text()[:7] for output in outputs) == ["held\n", "waiting", "waiting"], processes
+    )
     go.touch()
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
     assert sum("held" in output.read_text() for output in outputs) == 1

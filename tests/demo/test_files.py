@@ -99,7 +99,9 @@ def test_a_failed_build_leaves_the_one_before(tmp_path, tables, small, monkeypat
     build_demo(tmp_path / "made", seed=1, tables=tables)
 
 
-@pytest.mark.parametrize(("built_before", "step"), [(False, 1), (False, 19), (True, 0), (True, 1), (True, 2), (True, 11)])
+@pytest.mark.parametrize(
+    ("built_before", "step"), [(False, 1), (False, 19), (True, 0), (True, 1), (True, 2), (True, 11)]
+)
 def test_a_run_killed_while_it_moves_its_files_can_be_repeated(tmp_path, small, monkeypatch, built_before, step):
     """Each of ten files is written to its place, then its copy is moved: 20 steps. A run after it needs no --overwrite."""
     if built_before:

@@ -23,7 +23,11 @@ def world():
 def files(tmp_path_factory, world):
     """(raw paths, held-out paths, exam paths) of the default world."""
     directory = tmp_path_factory.mktemp("demo")
-    return write_raw_files(directory / "raw", world), write_heldout(directory, world), write_exam(directory / "ceval-exam", world)
+    return (
+        write_raw_files(directory / "raw", world),
+        write_heldout(directory, world),
+        write_exam(directory / "ceval-exam", world),
+    )
 
 
 def read_lines(path):
@@ -81,7 +85,18 @@ def test_one_answer_per_question(files):
 def test_raw_formats(files):
     raw, _, _ = files
     assert all(set(row) == {"text"} and row["text"].strip() for row in read_lines(raw["pretrain"]))
-    fields = {"id", "instruction", "input", "output", "history", "language", "data_source", "input_len", "output_len", "num_utter"}
+    fields = {
+        "id",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "language",
+        "data_source",
+        "input_len",
+        "output_len",
+        "num_utter",
+    }
     for kind, has_history in (("sft_single", False), ("sft_multi", True)):
         rows = read_lines(raw[kind])
         assert [row["id"] for row in rows] == list(range(1, len(rows) + 1))
@@ -96,8 +111,14 @@ def test_raw_formats(files):
 
 def test_same_seed_same_bytes(tmp_path, files):
     world = DemoWorld()
-    again = write_raw_files(tmp_path / "again", world), write_heldout(tmp_path, world), write_exam(tmp_path / "exam", world)
-    for old, new in zip([*files[0].values(), *files[1].values(), *files[2]], [*again[0].values(), *again[1].values(), *again[2]]):
+    again = (
+        write_raw_files(tmp_path / "again", world),
+        write_heldout(tmp_path, world),
+        write_exam(tmp_path / "exam", world),
+    )
+    for old, new in zip(
+        [*files[0].values(), *files[1].values(), *files[2]], [*again[0].values(), *again[1].values(), *again[2]]
+    ):
         assert old.read_bytes() == new.read_bytes(), new
     other = write_raw_files(tmp_path / "other", DemoWorld(1), pretrain_bytes=10_000, phrasings=2, conversations=10)
     assert other["sft_single"].read_bytes() != files[0]["sft_single"].read_bytes()
@@ -159,7 +180,11 @@ def test_heldout_followups_are_never_trained_on(world, files):
     rows = read_lines(files[1]["multi_turn"])
     pronouns = [row for row in rows if row["task"] == "pronoun"]
     ellipses = [row for row in rows if row["task"] == "ellipsis"]
-    assert len(pronouns) >= 50 and not {row["a"] for row in pronouns} & trained and all(row["q"] in patterns for row in pronouns)
+    assert (
+        len(pronouns) >= 50
+        and not {row["a"] for row in pronouns} & trained
+        and all(row["q"] in patterns for row in pronouns)
+    )
     assert len(ellipses) >= 50 and not {row["a"] for row in ellipses} & short
     for first, second in world.followups + world.heldout_followups:  # it goes on about the same thing
         assert first.entity == second.entity and first.relation != second.relation
@@ -183,7 +208,9 @@ def test_heldout_preferences_are_about_other_facts(world, files):
 @pytest.mark.parametrize("kind", ["train", "heldout"])
 def test_length_does_not_tell_the_better_answer(files, kind):
     rows = json.loads((files[0] if kind == "train" else files[1])["dpo"].read_text(encoding="utf-8"))
-    longer = sum((len(row["chosen"]) > len(row["rejected"])) + 0.5 * (len(row["chosen"]) == len(row["rejected"])) for row in rows)
+    longer = sum(
+        (len(row["chosen"]) > len(row["rejected"])) + 0.5 * (len(row["chosen"]) == len(row["rejected"])) for row in rows
+    )
     assert 0.4 < longer / len(rows) < 0.6
 
 
@@ -228,7 +255,11 @@ def test_each_row_names_all_that_may_be_confused_with_its_answer(world, files):
     """The tables, read once more by hand: the other capitals, the other names; a sum is judged by its number alone."""
     capitals = {row["capital"] for row in read_csv(DEFAULT_DIRECTORY / "countries.csv")}
     names = set(json.loads((DEFAULT_DIRECTORY / "memory.json").read_text("utf-8"))["name"]["values"])
-    asked = {"facts": ("country_capital", capitals), "cloze": ("country_capital", capitals), "multi_turn": ("name", names)}
+    asked = {
+        "facts": ("country_capital", capitals),
+        "cloze": ("country_capital", capitals),
+        "multi_turn": ("name", names),
+    }
     for file, (category, values) in asked.items():
         rows = [row for row in read_lines(files[1][file]) if row["category"] == category]
         assert len(rows) > 40 and all(set(row["others"]) == values - {row["answer"]} for row in rows)
@@ -282,7 +313,9 @@ def test_one_new_row_gives_everything(tables, tmp_path):
     append(tables / "countries.csv", "冰岛,雷克雅未克,欧洲")
     world = DemoWorld(directory=tables)
     raw, heldout = write_raw_files(tmp_path / "raw", world, pretrain_bytes=500_000), write_heldout(tmp_path, world)
-    assert all("雷克雅未克" in raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
+    assert all(
+        "雷克雅未克" in raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi")
+    )
     assert all("雷克雅未克" in heldout[name].read_text(encoding="utf-8") for name in ("facts", "cloze", "pretrain"))
 
 

@@ -13,7 +13,9 @@ from model.evaluation.questions import check_prompts, read_questions
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@given(st.lists(st.fixed_dictionaries({"q": TEXTS}, optional={"answer": TEXTS | st.lists(TEXTS, min_size=1)}), min_size=1))
+@given(
+    st.lists(st.fixed_dictionaries({"q": TEXTS}, optional={"answer": TEXTS | st.lists(TEXTS, min_size=1)}), min_size=1)
+)
 def test_rows_come_back_as_they_were_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("questions") / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(row).encode() for row in rows)))

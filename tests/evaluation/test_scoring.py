@@ -42,7 +42,11 @@ CAPITALS = ["巴黎", "伦敦", "巴西利亚"]
         ({"q": "水的化学式？", "answer": "H2O"}, "1个水分子写作H2O。", True),
         # part of a longer key, or of what the question is about
         ({"q": "巴西的首都？", "answer": "巴西利亚", "others": ["巴西"]}, "巴西利亚", True),
-        ({"q": "巴西的首都？", "answer": "巴西利亚", "others": ["巴西"], "entity": "巴西"}, "巴西的首都是巴西利亚", True),
+        (
+            {"q": "巴西的首都？", "answer": "巴西利亚", "others": ["巴西"], "entity": "巴西"},
+            "巴西的首都是巴西利亚",
+            True,
+        ),
         ({"q": "北京大学在哪？", "answer": "海淀", "others": ["北京"], "entity": "北京大学"}, "北京大学在海淀", True),
         ({"q": "北京大学在哪？", "answer": "海淀", "others": ["北京"], "entity": "北京大学"}, "在北京的海淀", False),
         ({"q": "北京的简称是什么？", "answer": "京", "others": ["沪"], "entity": "北京"}, "北京的简称是什么？", False),
@@ -71,7 +75,12 @@ def test_cases(row, reply, right):
 NAMES = st.text(alphabet="京沪粤川湘鄂", min_size=2, max_size=2)
 
 
-@given(NAMES, st.lists(NAMES), st.text(alphabet="的是在了，。 3８", max_size=6), st.text(alphabet="的是在了，。 3８", max_size=6))
+@given(
+    NAMES,
+    st.lists(NAMES),
+    st.text(alphabet="的是在了，。 3８", max_size=6),
+    st.text(alphabet="的是在了，。 3８", max_size=6),
+)
 def test_the_key_alone_is_right_and_beside_another_name_wrong(key, others, before, after):
     row = {"q": "？", "answer": key, "others": others}
     assert score_answer(row, before + key + after)
@@ -115,7 +124,9 @@ def test_the_table_of_accuracy(capsys):
     result = {"accuracy": 0.25, "questions": 4, "tasks": {"b": 0.0, "a": 0.5}}
     print_accuracy(result, as_json=True)
     *lines, last = capsys.readouterr().out.splitlines()
-    assert lines == ["  50.0%  a", "   0.0%  b", "  25.0%  of 4 questions answered right"] and json.loads(last) == result
+    assert (
+        lines == ["  50.0%  a", "   0.0%  b", "  25.0%  of 4 questions answered right"] and json.loads(last) == result
+    )
     print_accuracy(result, as_json=False)
     assert len(capsys.readouterr().out.splitlines()) == 3
 

@@ -53,7 +53,9 @@ def test_they_serve_training_alone_and_change_neither_loss_nor_gradient(monkeypa
     model, used = Transformer(LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)), []
     for kernel in (BlockAttention, ChunkedCrossEntropy):
         apply = kernel.apply
-        monkeypatch.setattr(kernel, "apply", lambda *inputs, apply=apply, kernel=kernel: used.append(kernel) or apply(*inputs))
+        monkeypatch.setattr(
+            kernel, "apply", lambda *inputs, apply=apply, kernel=kernel: used.append(kernel) or apply(*inputs)
+        )
     input_ids, results = torch.randint(0, 300, (2, 70)), []
     for installed in (False, True):
         if installed:

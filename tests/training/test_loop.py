@@ -117,7 +117,9 @@ def test_the_gradient_is_that_of_cross_entropy_plus_balance_loss(sft_csv, tmp_pa
         gate.register_forward_hook(lambda gate, inputs, output: routed.append((gate, inputs[0], output[1])))
     output = run.model(batch["input_ids"], attention_mask=batch["attention_mask"])
     targets = batch["labels"][:, 1:]
-    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="sum") / items
+    expected = (
+        torch.nn.functional.cross_entropy(output.logits[:, :-1].transpose(1, 2), targets, reduction="sum") / items
+    )
     for gate, x, experts in routed:
         mask = batch["attention_mask"].float()
         probability = (torch.einsum("btc,ec->bte", x, gate.weight).softmax(-1) * mask[..., None]).sum(1)
