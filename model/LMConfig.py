@@ -84,6 +84,9 @@ class LMConfig(PretrainedConfig):
             raise ValueError(f"dim / n_heads ({self.head_dim}) must be even: rotary embedding turns pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
+        for name in ("norm_eps", "dropout", "aux_loss_alpha"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not self.rope_theta > 0:
             raise ValueError(f"rope_theta must be positive, got {self.rope_theta!r}")
         if not 0.0 <= self.dropout < 1.0:
@@ -114,6 +117,9 @@ class LMConfig(PretrainedConfig):
         factor = scaling.get("factor")
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
             raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r}")
+        for name in ("beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"):
+            if not isinstance(scaling.get(name) or 1, (int, float)) or (scaling.get(name) or 1) <= 0:
+                raise ValueError(f"rope_scaling {name} must be a number above 0, got {scaling[name]!r}")
 
 
 def swiglu_hidden_dim(dim, multiple_of):

@@ -1,9 +1,9 @@
 """Checkpoints: `<stage>_<dim>[_moe].pth` (a plain state dict), `.json` beside it (what it is) and `.resume.pth` (how to
 go on).
 
-The three are written completely before the first of them is renamed to its final name. Should the machine stop between
-two renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth holds its own copy of
-the weights.
+The three are on the disk completely before the first of them is renamed to its final name. Should the machine stop
+between two renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth, the first to
+be renamed, holds its own copy of the weights, from which --resume mends the others.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from model.errors import UserError, warn
-from model.files import atomic_write
+from model.files import atomic_files
 from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer
 from model.stages import STAGES
@@ -65,18 +65,16 @@ def save_checkpoint(path, model, metadata, training_state=None, weights=None):
     weights = {name: tensor.detach().cpu() for name, tensor in (weights or model.state_dict()).items()}
     config = {name: getattr(model.config, name) for name in CONFIG_FIELDS}
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
-    # The with-statement renames in reverse: training state first, then the weights, then their description.
-    with atomic_write(path.with_suffix(".json"), "w", encoding="utf-8") as description:
-        with atomic_write(path, "w+b") as weights_file:
-            write_tensors(weights, weights_file)
-            weights_file.seek(0)
-            sha256 = hashlib.file_digest(weights_file, "sha256").hexdigest()
-            record = {**metadata, "config": config, "weights_sha256": sha256, "versions": versions}
-            json.dump(record, description, ensure_ascii=False, indent=2)
-            description.flush()
-            if training_state is not None:
-                with atomic_write(resume_path(path)) as training_file:
-                    write_tensors({**training_state, "weights": weights, "weights_sha256": sha256}, training_file)
+    with atomic_files() as create:
+        training_file = create(resume_path(path)) if training_state is not None else None
+        weights_file = create(path, "w+b")
+        write_tensors(weights, weights_file)
+        weights_file.seek(0)
+        sha256 = hashlib.file_digest(weights_file, "sha256").hexdigest()
+        if training_file is not None:
+            write_tensors({**training_state, "weights": weights, "weights_sha256": sha256}, training_file)
+        record = {**metadata, "config": config, "weights_sha256": sha256, "versions": versions}
+        json.dump(record, create(path.with_suffix(".json"), "w", encoding="utf-8"), ensure_ascii=False, indent=2)
 
 
 def write_tensors(value, handle):
@@ -131,7 +129,7 @@ def read_metadata(path):
     try:
         metadata = json.loads(description.read_text(encoding="utf-8"))
         LMConfig(**metadata["config"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{description}: describes no checkpoint ({error!r}); remove it or restore it") from None
     return metadata
 
@@ -147,7 +145,11 @@ def load_model(path, **config_overrides):
     state = read_weights(path)
     overrides = {name: value for name, value in config_overrides.items() if value is not None}
     buffers = {name: state.pop(name) for name in list(state) if name.split(".")[-1] in ("mask", "pos_cis")}
-    known = dict(metadata["config"]) if metadata else shape_fields(state, buffers, overrides, path)
+    shapes = shape_fields(state, path)
+    known = dict(metadata["config"]) if metadata else {**shapes, **head_fields(state, buffers, overrides, path)}
+    for name, value in shapes.items():  # before a description's numbers decide how much memory to ask for
+        if known.get(name) != value:
+            raise UserError(f"{path}: has {name} {value}, but its .json says {known.get(name)}; restore or remove that")
     for name, value in overrides.items():
         if name not in FREE_FIELDS and name in known and known[name] != value:
             raise UserError(f"{path}: has {name} {known[name]}, not {value}; leave out or change --{name} or --preset")
@@ -162,15 +164,15 @@ def load_model(path, **config_overrides):
     return model, metadata
 
 
-def shape_fields(state, buffers, overrides, path):
-    """The config fields that v1 shapes tell, and the heads by the RoPE table, the flags or a preset."""
+def shape_fields(state, path):
+    """The config fields that the shapes of v1's weights tell."""
     width = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, state) if match}
     use_moe = "layers.0.feed_forward.gate.weight" in width
     first = "layers.0.feed_forward." + ("experts.0." if use_moe else "")
     try:
         vocab_size, dim = width["tok_embeddings.weight"]
-        hidden_dim, kv_width = width[first + "w1.weight"][0], width["layers.0.attention.wk.weight"][0]
+        hidden_dim, _ = width[first + "w1.weight"][0], width["layers.0.attention.wk.weight"]
         shared = width.get("layers.0.feed_forward.shared_experts.w1.weight", (0,))[0] // hidden_dim
         experts = width["layers.0.feed_forward.gate.weight"][0] if use_moe else LMConfig().n_routed_experts
     except KeyError as error:
@@ -178,14 +180,21 @@ def shape_fields(state, buffers, overrides, path):
     fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=use_moe)
     if use_moe:
         fields.update(n_routed_experts=experts, n_shared_experts=shared)
-    same_shape = [preset for preset in PRESETS.values() if (preset["dim"], preset["n_layers"]) == (dim, len(layers))]
+    return fields
+
+
+def head_fields(state, buffers, overrides, path):
+    """Numbers of heads by the RoPE table, the flags or a preset, for weights alone do not tell them."""
+    dim, layers = state["tok_embeddings.weight"].shape[1], sum(name.endswith(".attention.wk.weight") for name in state)
+    kv_width = state["layers.0.attention.wk.weight"].shape[0]
+    same_shape = [preset for preset in PRESETS.values() if (preset["dim"], preset["n_layers"]) == (dim, layers)]
     preset_heads = same_shape[0].get("n_heads") if same_shape else None
     heads = overrides.get("n_heads") or preset_heads or LMConfig().n_heads
     if "pos_cis" in buffers:
         heads = dim // (2 * buffers["pos_cis"].shape[-1])
     if dim % heads or kv_width % (dim // heads):
         raise UserError(f"{path}: wk has {kv_width} rows, no multiple of dim {dim} / {heads} heads; give --n_heads")
-    return {**fields, "n_heads": heads, "n_kv_heads": kv_width // (dim // heads)}
+    return {"n_heads": heads, "n_kv_heads": kv_width // (dim // heads)}
 
 
 def load_weights(model, state, path):

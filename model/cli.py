@@ -57,12 +57,13 @@ def add_training_flags(parser, epochs, **defaults):
     add_flags(parser, ModelSettings, "model")
     add_flags(parser, DataSettings, "data and checkpoints", **defaults)
     add_flags(parser, TrainingSettings, "training", epochs=epochs, **defaults)
+    parser.add_argument("--local-rank", dest="local_rank", type=non_negative_int, help=argparse.SUPPRESS)
     parser.set_defaults(epochs=None, stage_epochs=epochs)
 
 
 def training_settings(args):
-    """TrainingSettings of the parsed flags; the stage's own number of epochs holds unless --max_steps says how long."""
-    if args.epochs is None and args.max_steps is None:
+    """TrainingSettings of the parsed flags; the stage's own number of epochs holds unless another flag says how long."""
+    if args.epochs is None and args.max_steps is None and args.max_minutes is None:
         args.epochs = args.stage_epochs
     return from_flags(TrainingSettings, args)
 

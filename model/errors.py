@@ -37,10 +37,21 @@ def run_main(main):
     sys.exit(code)
 
 
+def say(text, stream=None, write=print):
+    """One line on `stream` (default: stdout). When its reader is gone, as after `| head` or a closed terminal, the work
+    goes on in silence."""
+    stream = stream or sys.stdout
+    try:
+        write(text, file=stream)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def tell(text):
     """One line on stderr, from one of the processes that a launcher started."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
 
 def warn(text):
@@ -48,20 +59,22 @@ def warn(text):
     tell(f"warning: {text}")
 
 
-def command_line(*extra, without=None):
-    """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flag
-    `without` and its value left out (also under a shortened name, which argparse takes when it is unique). Outside the
-    scripts, in a notebook for one, the calls that do the same."""
+def command_line(*extra, without=()):
+    """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flags of
+    `without` left out, {flag: how many words its value is} (also under a shortened name, which argparse takes when it
+    is unique). Outside the scripts, in a notebook for one, the calls that do the same."""
     if Path(sys.argv[0]).suffix != ".py" or Path(sys.argv[0]).resolve().parent != SCRIPTS:
-        first = "a Trainer without stop_after, " if without else ""
+        first = "a Trainer without stop_after, " if "--stop_after" in without else ""
         return f"{first}Trainer.resume(), then Trainer.train()"
     words, rest = [], iter(sys.argv)
     for word in rest:
         name, equals, _ = word.partition("=")
-        if not (without and len(name) > 2 and without.startswith(name)):
+        left_out = next((flag for flag in without if len(name) > 2 and flag.startswith(name)), None)
+        if left_out is None:
             words.append(word)
         elif not equals:
-            next(rest, None)
+            for _ in range(without[left_out]):
+                next(rest, None)
     ranks = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
     return shlex.join([*launcher, *words, *(flag for flag in extra if flag not in words)])

@@ -1,6 +1,7 @@
 """Files in and out: compressed text is read as a stream, results appear under their final name only when complete."""
 
 import contextlib
+import errno
 import functools
 import glob
 import gzip
@@ -8,6 +9,8 @@ import lzma
 import os
 import zlib
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from model.errors import UserError
 
@@ -18,6 +21,8 @@ except ImportError:
 
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -56,25 +61,65 @@ def expand_paths(patterns):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb", **open_arguments):
-    """Write to a temporary file beside `path`; fsync and rename it to `path` only if the block ends without error.
+def atomic_files():
+    """A context that gives create(path, mode, **open_arguments) -> handle: each handle writes to a temporary file beside
+    `path`. If the block ends without error all of them are fsynced, and only then renamed, in the order of creation.
 
-    A crash, a full disk or Ctrl-C leaves the previous `path` (or none) untouched and removes the temporary file;
-    after kill -9 the leftover is named `<name>.tmp-<pid>` and never mistaken for a result.
+    A crash, a full disk or Ctrl-C leaves the previous files (or none) untouched and removes the temporary ones; after
+    kill -9 the leftovers are named `<name>.tmp-<pid>` and never mistaken for a result.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    created = []
+
+    def create(path, mode="wb", **open_arguments):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        created.append((open(temporary, mode, **open_arguments), temporary, path))
+        return created[-1][0]
+
     try:
-        with open(temporary, mode, **open_arguments) as handle:
-            yield handle
+        yield create
+        for handle, *_ in created:
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+            handle.close()
+        for _, temporary, path in created:
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for handle, temporary, _ in created:
+            with contextlib.suppress(OSError):  # a full disk again, while the buffer is flushed
+                handle.close()
+            temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    for directory in {path.parent for *_, path in created}:
+        sync_directory(directory)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **open_arguments):
+    """atomic_files for a single file: yields its handle."""
+    with atomic_files() as create:
+        yield create(path, mode, **open_arguments)
+
+
+@contextlib.contextmanager
+def locked(path, timeout=-1):
+    """A context for one process at a time, by a lock on the file `path` that the system frees when its holder dies.
+
+    Raises filelock.Timeout when another process still holds it after `timeout` seconds (-1: waits for ever). Where the
+    file system has no locks (some network ones), or nothing may be written, there is nothing to hold.
+    """
+    lock = FileLock(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=timeout)
+    except OSError as error:
+        if isinstance(error, Timeout) or error.errno not in NO_LOCKS + NOT_WRITABLE:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync_directory(directory):

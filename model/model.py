@@ -15,6 +15,8 @@ from transformers.utils import ModelOutput
 
 from .LMConfig import LMConfig
 
+LONGEST_TABLE = 1 << 16  # positions of the rotary table made at once, where a model has so many
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, in float32 whatever the input (Zhang & Sennrich 2019, arXiv 1910.07467)."""
@@ -73,10 +75,12 @@ class RotaryTable:
         """The first `positions` rows, float32 [positions, D / 2, 2], on `device`."""
         if self.table is None or self.table.shape[0] < positions or self.table.device != device:
             known = 0 if self.table is None else self.table.shape[0]
-            rows = max(positions if positions <= known else 2 * known, positions, self.config.max_seq_len)
-            frequencies, scale = rope_frequencies(self.config)
-            angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
-            self.table = (torch.stack((angles.cos(), angles.sin()), dim=-1) * scale).to(device)
+            rows = max(positions if positions <= known else 2 * known, positions)
+            rows = max(rows, min(self.config.max_seq_len, LONGEST_TABLE))
+            with torch.inference_mode(False):  # a table made while generating must serve training too
+                frequencies, scale = rope_frequencies(self.config)
+                angles = torch.outer(torch.arange(rows, dtype=torch.float32), frequencies)
+                self.table = (torch.stack((angles.cos(), angles.sin()), dim=-1) * scale).to(device)
         return self.table[:positions]
 
 

@@ -85,11 +85,21 @@ class TrainingSettings(Checked):
     """How a stage trains; the same for all of them."""
 
     out_dir: str = flag("out", "where checkpoints and logs go (default: {default})")
+    overwrite: bool = flag(False, "start over where a checkpoint is; its files stay until the first save")
     epochs: int = flag(
-        None, "passes over the data (default: {default}, with --max_steps as many as it takes)", int, least=1
+        None,
+        "passes over the data (default: {default}; with --max_steps or --max_minutes as many as it takes)",
+        int,
+        least=1,
     )
     max_steps: int = flag(
         None, "optimizer steps, where the schedule ends too; with --epochs what ends first", int, least=1
+    )
+    max_minutes: float = flag(
+        None,
+        "minutes of training (without start-up, validation and saves) within which the schedule ends",
+        float,
+        least=0.001,
     )
     stop_after: int = flag(
         None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP"
@@ -110,6 +120,7 @@ class TrainingSettings(Checked):
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
+    local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
     dtype: str = flag("auto", "of matrix products; auto: bfloat16 where it is native, else float32", choices=DTYPES)
     compile: bool = flag(False, "torch.compile the model: slow start, faster steps")
     num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)

@@ -3,9 +3,11 @@
 import builtins
 import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,11 +101,36 @@ def test_a_description_that_does_not_fit_names_both_shapes(tmp_path):
     path = tmp_path / "x.pth"
     save_checkpoint(path, small_model(), {})
     save_bare(small_model(dim=64), path)
-    with pytest.raises(UserError, match=r"x.pth: tok_embeddings.weight is \(50, 64\) in the file but \(50, 32\)"):
+    with pytest.raises(UserError, match=r"x.pth: has dim 64, but its .json says 32"):
         load_model(path)
     save_bare(small_model(n_layers=1), path)
-    with pytest.raises(UserError, match=r"layers.1.*missing"):
+    with pytest.raises(UserError, match=r"has n_layers 1, but its .json says 2"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(n_layers=10**12), dict(dim=2**40, n_heads=1), dict(use_moe=True, n_routed_experts=10**12), dict(dim="32"),
+     dict(vocab_size=10**15), dict(n_heads=3), dict(norm_eps="small"), dict(n_heads=0), dict(max_seq_len=-1),
+     dict(rope_scaling={"rope_type": "yarn", "factor": 2, "beta_fast": "x"}), dict(hidden_dim=None, multiple_of="x")],
+)  # fmt: skip
+def test_a_crafted_description_is_one_line(tmp_path, change):
+    path = tmp_path / "x.pth"
+    save_checkpoint(path, small_model(), {})
+    metadata = json.loads(path.with_suffix(".json").read_text())
+    metadata["config"].update(change)
+    path.with_suffix(".json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match=r"x\.(pth|json): "):
+        load_model(path)
+    path.with_suffix(".json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"x\.json: describes no checkpoint"):
+        load_model(path)
+
+
+def test_a_context_beyond_memory_takes_none_before_it_is_used(tmp_path):
+    save_checkpoint(tmp_path / "x.pth", small_model(), {})
+    model, _ = load_model(tmp_path / "x.pth", max_seq_len=10**15)
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
 def test_free_fields_can_be_overridden(tmp_path):
@@ -219,6 +246,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, suff
             save_checkpoint(path, model, {"step": 2}, {"progress": 2})
     assert caught.value.errno == errno.ENOSPC
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_all_is_on_the_disk_before_the_first_rename_and_the_training_state_is_renamed_first(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append("fsync"), fsync(number)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append(Path(target).name), replace(source, target)))
+    save_checkpoint(tmp_path / "x.pth", small_model(), {"step": 1}, {"progress": 1})
+    assert done == ["fsync"] * 3 + ["x.resume.pth", "x.pth", "x.json"] + ["fsync"]  # the folder, once
 
 
 def test_the_training_state_holds_its_own_weights(tmp_path):

@@ -91,7 +91,7 @@ def test_no_flag_that_does_nothing(parser):
 def test_help_shows_the_defaults_that_hold(parser):
     help_text = " ".join(parser.format_help().split())
     assert "None" not in help_text and "{default}" not in help_text
-    for shown in ("dataset/x.csv", "default: 0.0002", "default: 2,", "default: project", "default: 1337", "5 %"):
+    for shown in ("dataset/x.csv", "default: 0.0002", "default: 2;", "default: project", "default: 1337", "5 %"):
         assert shown in help_text
 
 
@@ -157,9 +157,12 @@ def test_command_line_can_be_pasted(monkeypatch):
     assert command_line("--resume") == "python 1-pretrain.py --data_path 'my file.csv' --resume"
     monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     assert command_line("--resume") == "python 1-pretrain.py --resume"
-    for words in (["--stop_after", "3"], ["--stop_after=3"], ["--stop", "3"]):
+    for words in (["--stop_after", "3"], ["--stop_after=3"], ["--stop", "3"], ["--overwrite", "--stop", "3"]):
         monkeypatch.setattr(sys, "argv", ["1-pretrain.py", *words, "--seed", "3"])
-        assert command_line("--resume", without="--stop_after") == "python 1-pretrain.py --seed 3 --resume"
+        assert (
+            command_line("--resume", without={"--stop_after": 1, "--overwrite": 0})
+            == "python 1-pretrain.py --seed 3 --resume"
+        )
     monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command_line() == "torchrun --nproc_per_node 4 1-pretrain.py --resume"

@@ -260,6 +260,15 @@ def test_rotary_table_stays_float32_and_grows():
     assert torch.equal(table[:100], longer)
 
 
+def test_a_model_that_generated_can_be_trained():
+    model = Transformer(LMConfig(**TINY))
+    ids = torch.randint(50, (2, 9))
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+    assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0
+
+
 def test_rotation_is_the_same_compiled_and_not(monkeypatch):
     x, table = torch.randn(2, 9, 4, 16), RotaryTable(LMConfig(**TINY))(9, torch.device("cpu"))[:, None]
     eager = apply_rotary(x, table)

@@ -1,6 +1,7 @@
 """1-pretrain.py and 3-full_sft.py as a user runs them: stages, stop and resume, wrong input."""
 
 import json
+import os
 import re
 import resource
 import runpy
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY_FLAGS, assert_one_line_error, run_script
-from model.checkpoint import load_model
+from model.checkpoint import load_model, read_metadata
 
 COMMON = [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--learning_rate", "1e-3"]
 
@@ -57,7 +58,7 @@ def test_the_three_stages_follow_each_other(run, flags, tmp_path, pretrain_csv, 
     text = good(run("3-full_sft.py", "--multi", *flags, "--data_path", sft_csv, "--max_steps", 3, "--last_turn_only"))
     assert "python 2-eval.py --checkpoint" in text
     chain = ["pretrain_32", "single_chat/full_sft_32", "multi_chat/full_sft_32"]
-    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    written = {str(path.relative_to(out)) for path in out.rglob("[!.]*") if path.is_file()}
     logs = {f"logs/{name.replace('/', '_')}.jsonl" for name in chain}
     assert written == {name + suffix for name in chain for suffix in (".pth", ".json", ".resume.pth")} | logs
     for parent, child in zip(chain, chain[1:]):
@@ -79,7 +80,7 @@ def test_a_parent_of_another_shape_wins_unless_a_flag_says_otherwise(
     assert (config.n_layers, config.n_heads, config.n_kv_heads, config.max_seq_len) == (1, 4, 2, 32)
     assert_one_line_error(run("3-full_sft.py", *common, "--n_layers", 2), "pretrain_48_moe.pth", "n_layers 1, not 2")
     assert_one_line_error(run("3-full_sft.py", *common, "--preset", "minimind-tiny"), "has dim 48, not")
-    good(run("3-full_sft.py", *common, "--max_seq_len", 40))
+    good(run("3-full_sft.py", *common, "--max_seq_len", 40, "--overwrite"))
     assert load_model(tmp_path / "single_chat" / "full_sft_48_moe.pth")[0].config.max_seq_len == 40
 
 
@@ -114,7 +115,20 @@ def test_compiled_and_eager_runs_agree_and_write_the_same_names(
     good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 2))
     losses = []
     for words in ([], ["--compile"]):
-        good(run("3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 12, "--log_interval", 1, *words))
+        good(
+            run(
+                "3-full_sft.py",
+                *flags,
+                "--data_path",
+                sft_csv,
+                "--max_steps",
+                12,
+                "--log_interval",
+                1,
+                "--overwrite",
+                *words,
+            )
+        )
         lines = (tmp_path / "out" / "logs" / "single_chat_full_sft_32.jsonl").read_text().splitlines()
         losses.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -129,7 +143,12 @@ def test_compiled_and_eager_runs_agree_and_write_the_same_names(
 def start_script(words, until):
     """Start a script and return its process once its output matches `until`."""
     process = subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     seen = ""
     for line in process.stdout:
@@ -159,11 +178,11 @@ def test_kill_9_and_resume_gives_the_weights_of_a_straight_run(run, flags, tmp_p
 def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_0(run, flags, tmp_path, pretrain_csv):
     words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 100000, "--log_interval", 1]
     process, _ = start_script([*words, "--num_workers", 2], until="step 5/")
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its workers get it too
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "Traceback" not in errors and "SIGINT: finishing this step" in errors
-    step, command = re.search(r"saved at step (\d+) of 100,000; to go on: python (.*)", rest).groups()
+    assert "Traceback" not in errors and errors.count("SIGINT: finishing") == 1
+    step, command = re.search(r"saved at step (\d+)/100,000; to go on: python (.*)", rest).groups()
     assert command == " ".join(map(str, [*words, "--num_workers", 2, "--resume"]))
     _, metadata = load_model(tmp_path / "out" / "pretrain_32.pth")
     assert metadata["step"] == int(step) >= 5
@@ -175,7 +194,7 @@ def test_stop_after_leaves_with_0_and_its_command_ends_with_the_weights_of_a_str
     words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 9]
     text = good(run(*words, "--stop_after", 4))
     assert "next stage" not in text
-    command = re.search(r"saved at step 4 of 9; to go on: python (.*)", text)[1]
+    command = re.search(r"saved at step 4/9; to go on: python (.*)", text)[1]
     assert command.endswith(" ".join(map(str, [*words, "--resume"])))
     assert "next stage" in good(run(*command.split()))
     resumed = (tmp_path / "out" / "pretrain_32.pth").read_bytes()
@@ -204,9 +223,20 @@ def test_two_ranks_train_as_one_process_of_twice_the_batch(run, flags, tmp_path,
     good(run(*words))
     single, metadata = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
     words[words.index("--batch_size") + 1] = 2
+    words += ["--overwrite"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run([*launcher, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert good(process).count("model: ") == 1
+    assert_same_run(tmp_path, single, metadata)
+    # Two ranks begin, one process goes on.
+    subprocess.run([*launcher, *map(str, words), "--stop_after", "3"], cwd=ROOT, check=True, timeout=120)
+    words[words.index("--batch_size") + 1] = 4
+    process = run(*words[:-1], "--resume")
+    assert good(process) and "the number of processes was 2 and is 1 now; the same rows" in process.stderr
+    assert_same_run(tmp_path, single, metadata)
+
+
+def assert_same_run(tmp_path, single, metadata):
     double, other = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
     for name in ("tokens_seen", "supervised_tokens_seen", "step"):
         assert metadata[name] == other[name]
@@ -304,7 +334,43 @@ def test_a_damaged_training_state_is_one_line(run, flags, tmp_path, pretrain_csv
     assert_one_line_error(run(*words, "--resume"), state, "omit --resume")
 
 
-def test_a_fresh_run_over_an_old_one_warns(run, flags, pretrain_csv):
+def test_a_fresh_run_over_an_old_one_is_refused(run, flags, tmp_path, pretrain_csv):
     words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1]
-    assert "will be replaced" not in run(*words).stderr
-    assert "will be replaced by this run (--resume would go on from it)" in run(*words).stderr
+    good(run(*words))
+    assert_one_line_error(run(*words), tmp_path / "out" / "pretrain_32.pth", "--resume", "--overwrite")
+    assert_one_line_error(run(*words, "--resume", "--overwrite"), "--resume", "--overwrite", code=2)
+    good(run(*words, "--overwrite", "--seed", 5))
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 60, "--log_interval", 1]
+    process, _ = start_script(words, until="step 3/")
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert load_model(tmp_path / "out" / "pretrain_32.pth")[1]["step"] == 60
+
+
+def test_resume_of_the_second_stage_refuses_another_parent(run, flags, tmp_path, pretrain_csv, sft_csv):
+    for seed in (1, 2):
+        out = ["--out_dir", tmp_path / str(seed), "--seed", seed]
+        good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1, *out))
+    words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--max_steps", 4]
+    first, second = (tmp_path / str(seed) / "pretrain_32.pth" for seed in (1, 2))
+    good(run(*words, "--init_from", first, "--stop_after", 2))
+    failed = run(*words, "--init_from", second, "--resume")
+    own = tmp_path / "out" / "single_chat" / "full_sft_32.pth"
+    assert_one_line_error(failed, first, second, f"--init_from {own}")
+    first.unlink()  # the stage before need not be there any more
+    good(run(*words, "--init_from", own, "--resume"))
+    assert read_metadata(own)["parent"]["file"] == str(first) and read_metadata(own)["step"] == 4
+
+
+def test_launchers_may_say_the_local_rank_by_a_flag(run, flags, pretrain_csv, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1]
+    good(run(*words, "--local_rank=3"))
+    assert os.environ["LOCAL_RANK"] == "3"
+    good(run(*words, "--local-rank", "1", "--overwrite"))
+    assert os.environ["LOCAL_RANK"] == "3"  # torchrun's word counts

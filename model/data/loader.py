@@ -66,8 +66,11 @@ class ResumableSampler:
                 f"--resume: the data has {self.num_rows:,} rows now and had {state['num_rows']:,}; "
                 "go on with the same --data_path, --max_seq_len, --tokenizer_path and --seed, or start without --resume"
             )
-        for name in ("seed", "epoch", "position", "group_size"):
-            setattr(self, name, state[name])
+        names, largest = ("seed", "epoch", "position", "group_size"), (1 << 62, 1 << 62, self.num_rows - 1, 1 << 31)
+        if not all(0 <= int(state[name]) <= most for name, most in zip(names, largest)) or not state["group_size"]:
+            raise ValueError("no position within the data")
+        for name in names:
+            setattr(self, name, int(state[name]))
 
 
 class BatchLoader:

@@ -7,7 +7,6 @@ not found. hashes.json beside it remembers the hash of each data file, so that a
 
 import collections
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -20,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
 from model.data.conversations import BadRow, fit_turns, training_conversation
 from model.data.rows import RowReport, iter_records
 from model.errors import FULL_DISK, UserError, tell
-from model.files import atomic_write, sync_directory
+from model.files import NOT_WRITABLE, atomic_write, locked, sync_directory
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
 
 FORMAT_VERSION = 2
@@ -36,8 +35,6 @@ PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several
 LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
 LEFTOVER_SECONDS = 24 * 3600
-NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class PretrainEncoding:
@@ -192,19 +189,16 @@ def _finished(folder):
         return None
 
 
+@contextlib.contextmanager
 def _lock(directory):
-    """A context for one process at a time, where that is possible: network file systems may have no locks (at worst two
-    processes do the same work), and a folder of somebody else may hold what is needed already."""
-    lock = FileLock(directory / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        tell(f"waiting for another process that is tokenising into {directory}")
-        return lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS + NOT_WRITABLE:
-            raise
-        return contextlib.nullcontext()
+    """A context for one process at a time; where there are no locks, at worst two processes do the same work."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(directory / ".lock", timeout=0))
+        except Timeout:
+            tell(f"waiting for another process that is tokenising into {directory}")
+            stack.enter_context(locked(directory / ".lock"))
+        yield
 
 
 def _abandoned(folder):

@@ -9,25 +9,30 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 
 from model.checkpoint import checkpoint_path, file_sha256, read_tensors, resume_path, save_checkpoint
 from model.data.dataset import token_byte_lengths
 from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
 from model.errors import FULL_DISK, UserError, command_line, warn
+from model.files import locked
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
-from model.training.optimizer import learning_rate_factor
+from model.training.optimizer import make_schedule
 from model.training.reports import RunLog, flops_per_token, mean_loss, peak_flops, start_wandb, step_line
 from model.training.strategy import DataParallel
 
 
 def start(settings):
     """Join the ranks and seed the random generators; returns the torch.device to train on."""
+    if settings.local_rank is not None:  # from an older launcher than torchrun, which says it by the environment
+        os.environ.setdefault("LOCAL_RANK", str(settings.local_rank))
     device = select_device(settings.device)
     ranks.initialise(device)
     resume.seed_generators(settings.seed)
@@ -57,6 +62,7 @@ class RunState:
 
     SAVED = (
         "step",
+        "finished",
         "tokens_seen",
         "supervised_tokens_seen",
         "train_seconds",
@@ -65,6 +71,7 @@ class RunState:
     )
 
     step: int = 0  # optimizer steps done
+    finished: bool = False  # whether the last of them was the last of the schedule
     tokens_seen: int = 0
     supervised_tokens_seen: int = 0
     train_seconds: float = 0.0
@@ -104,8 +111,7 @@ class Trainer:
         self.validation_start = self.validation_loader.state_dict()
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
-        self.total_steps = self.count_steps()
-        self.warmup_steps = min(100, self.total_steps // 20) if settings.warmup_iters is None else settings.warmup_iters
+        self.schedule = make_schedule(settings, self.steps_per_epoch)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
@@ -126,20 +132,15 @@ class Trainer:
         """Whether stop_after asks for no further step."""
         return self.settings.stop_after is not None and self.state.step >= self.settings.stop_after
 
-    def count_steps(self):
-        """Epochs in optimizer steps, or max_steps, or with both what ends first; with neither one epoch."""
-        epochs, max_steps = self.settings.epochs, self.settings.max_steps
-        if epochs is None and max_steps is not None:
-            return max_steps
-        return min((epochs or 1) * self.steps_per_epoch, max_steps or math.inf)
-
     def describe(self):
         """One line: rows, what a step is, how many of them."""
         settings, train, validation = self.settings, self.train_loader.dataset, self.validation_loader.dataset
+        total = f"{self.schedule.total_steps:,} in all" if self.schedule.total_steps < math.inf else "as many as fit"
+        limit = f", at most {settings.max_minutes:g} minutes of training" if settings.max_minutes else ""
         return (
             f"data: {len(train):,} rows to train on, {len(validation):,} to validate; a step is "
             f"{settings.accumulation_steps} x {settings.batch_size * ranks.world_size()} rows of up to "
-            f"{self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all"
+            f"{self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an epoch, {total}{limit}"
         )
 
     def resume(self):
@@ -149,47 +150,81 @@ class Trainer:
         else.
         """
         path = resume_path(self.path)
+        if self.settings.overwrite:
+            raise UserError("--resume goes on where --overwrite starts over: leave one of them out", exit_code=2)
         if not path.is_file():
             raise UserError(f"--resume: there is no {path} to go on from; leave out --resume to start from step 0")
         saved = read_tensors(path)
         try:
             resume.check_trajectory(saved["trajectory"], self.trajectory)
+            self.check_parent(saved)
             self.strategy.load_weights(saved["weights"], path)
             self.strategy.load_state_dict(saved)
             self.train_loader.load_state_dict(saved["loader"])
-            resume.restore_random_state(saved["random"][ranks.rank()], self.device)
-            self.state = RunState(**saved["progress"], saved_step=saved["progress"]["step"])
+            resume.restore_random_states(saved["random"], self.device, self.settings.seed + saved["progress"]["step"])
+            self.state = RunState(**saved["progress"], saved_step=int(saved["progress"]["step"]))
+            self.state.finished &= saved["trajectory"][1]["--max_minutes"] == self.settings.max_minutes
             self.parent = saved["parent"]
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path}: no training state that fits this run ({error!r}); omit --resume") from None
-        if self.path.is_file() and file_sha256(self.path) != saved["weights_sha256"]:
-            warn(f"{self.path} is not of step {self.state.step}, where {path} goes on; the next save replaces it")
+        torn = ranks.is_main() and not (self.path.is_file() and file_sha256(self.path) == saved["weights_sha256"])
+        if any(ranks.sum_over_ranks([torn])):  # the machine stopped between two renames of the last save
+            warn(f"{self.path} is not of step {self.state.step:,}, where {path} goes on; mending it")
+            self.save()
+
+    def check_parent(self, saved):
+        """UserError when the run began from other weights than --init_from gives now."""
+        began, now = saved["parent"], self.parent
+        if now and now["sha256"] not in (saved["weights_sha256"], began and began["sha256"]):
+            began_from = f"from {began['file']}" if began else "from random weights"
+            what = f"--resume: the run began {began_from}, and {now['file']} holds others (now)"
+            raise UserError(f"{what}; give the old ones with --init_from, or --init_from {self.path}")
 
     def train(self):
         """Train up to the last step, saving on the way; returns whether it was reached, False after --stop_after steps,
-        SIGINT or SIGTERM.
+        SIGINT, SIGTERM or SIGHUP.
 
-        Raises UserError for a loss that is not finite (before it reaches the weights) and for a disk that is full.
+        Raises UserError for a checkpoint that would be replaced without --overwrite, another run that writes the same
+        one, a loss that is not finite (before it reaches the weights), and a GPU or a disk that is full.
         """
         state = self.state
-        if not state.step and self.path.exists():
-            warn(f"{self.path} exists and will be replaced by this run (--resume would go on from it)")
-        wandb = self.settings.use_wandb and ranks.is_main()
-        self.log.start(state.step, self.total_steps, start_wandb(self.settings, self.run_name) if wandb else None)
-        state.first_step, state.steady_since = state.step, None
-        self.model.train()
-        with contextlib.closing(self.log), self.stop:
-            if not state.step:
-                self.validate()
-            state.stopping = self.stop_is_due and state.step < self.total_steps
-            if state.step >= self.total_steps:
-                ranks.print_once(f"nothing left to do: {state.step:,} of {self.total_steps:,} steps are done")
-            elif not state.stopping:
-                self.run_steps()
-        if state.stopping:
-            way_on = command_line("--resume", without="--stop_after" if self.stop_is_due else None)
-            ranks.print_once(f"stopped and saved at step {state.step:,} of {self.total_steps:,}; to go on: {way_on}")
+        for path in (self.path, resume_path(self.path)):
+            if path.exists() and state.saved_step is None and not self.settings.overwrite:
+                raise UserError(f"{path} exists already: --resume goes on with it, --overwrite starts over")
+        with self.alone(), contextlib.closing(self.log), self.stop:
+            wandb = start_wandb(self.settings, self.run_name) if self.settings.use_wandb and ranks.is_main() else None
+            self.log.start(state.step, self.schedule.total_steps, wandb)
+            state.first_step, state.steady_since, state.stopping = state.step, None, False
+            self.model.train()
+            try:
+                if state.saved_step is None:
+                    self.validate()
+                if state.step >= self.schedule.total_steps or (state.finished and self.settings.max_minutes):
+                    ranks.print_once(f"nothing left to do: {self.step_of_total} is done")
+                else:
+                    state.stopping = self.stop_is_due
+                    if not state.stopping:
+                        self.run_steps()
+            except torch.OutOfMemoryError:
+                raise UserError(self.out_of_memory()) from None
+        if state.stopping and state.saved_step is None:
+            ranks.print_once(f"stopped before the first step was done: nothing to save; again: {command_line()}")
+        elif state.stopping:
+            left_out = {"--overwrite": 0, **({"--stop_after": 1} if self.stop_is_due else {})}
+            way_on = command_line("--resume", without=left_out)
+            ranks.print_once(f"stopped and saved at {self.step_of_total}; to go on: {way_on}")
         return not state.stopping
+
+    @contextlib.contextmanager
+    def alone(self):
+        """A context in which no other run writes this checkpoint. Raises UserError when one does already."""
+        with contextlib.ExitStack() as stack:
+            if ranks.is_main():
+                try:
+                    stack.enter_context(locked(self.log.path.with_name(f".{self.run_name}.lock"), timeout=0))
+                except Timeout:
+                    raise UserError(f"{self.path}: another run is writing it; choose another --out_dir") from None
+            yield
 
     def close(self):
         """Leave the process group, if there is one; nothing can be trained or asked of other ranks afterwards."""
@@ -200,62 +235,89 @@ class Trainer:
         """From the current step to the last one, with reports, validation and saves where they are due."""
         settings, state = self.settings, self.state
         window, clock = collections.Counter(), time.perf_counter()
-        for batches in self.step_batches():
-            self.train_step(batches, window)
+        for batches, before in self.step_batches():
+            if not self.train_step(batches, window):
+                self.leave(before, window)
+                return
             window["seconds"] += time.perf_counter() - clock
             state.train_seconds += time.perf_counter() - clock
             self.log.advance()
-            last = state.step >= self.total_steps
-            done = last or state.stopping or self.stop_is_due
+            done = state.finished or state.stopping or self.stop_is_due
             if state.step % settings.log_interval == 0 or done or state.step == state.first_step + 1:
                 self.report(window)
                 window.clear()
-            if (state.step % settings.eval_interval == 0 and not state.stopping) or last:
+            if (state.step % settings.eval_interval == 0 and not state.stopping) or state.finished:
                 self.validate()
             if state.step % settings.save_interval == 0 or done:
                 self.save()
             if done:
-                state.stopping = state.stopping or (self.stop_is_due and not last)
+                state.stopping = not state.finished
                 return
             clock = time.perf_counter()
             state.steady_since = state.steady_since or clock
 
+    def leave(self, before, window):
+        """Go back to the start of a step that a request to stop has broken off, and save there."""
+        state = self.state
+        state.stopping = True
+        self.strategy.forget_gradients()
+        self.train_loader.load_state_dict(before["loader"])
+        resume.restore_random_state(before["random"], self.device)
+        if window["seconds"]:
+            self.report(window)
+        if state.step not in (state.first_step, state.saved_step):
+            self.save()
+
     def step_batches(self):
-        """The micro-batches of each optimizer step, epoch after epoch; what remains of one is a smaller step."""
+        """The micro-batches of each optimizer step, epoch after epoch (what remains of one is a smaller step), each with
+        loader and random generators as they were before."""
         while True:
-            batches = []
+            batches, before = [], self.position()
             for batch in self.train_loader:
                 batches.append(batch)
                 if len(batches) == self.settings.accumulation_steps:
-                    yield batches
-                    batches = []
+                    yield batches, before
+                    batches, before = [], self.position()
             if batches:
-                yield batches
+                yield batches, before
+
+    def position(self):
+        """Where data and random generators stand."""
+        return {"loader": self.train_loader.state_dict(), "random": resume.random_state(self.device)}
 
     def train_step(self, batches, window):
-        """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`."""
-        counts = [measure(batch, self.byte_lengths) for batch in batches]
+        """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
+        False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
+        state, counts = self.state, [measure(batch, self.byte_lengths) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
             flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
-        sums = [sum(column) for column in zip(*counts)][:4] + [flops]
-        items, rows, tokens, size, flops = ranks.sum_over_ranks(sums, self.device)
-        loss = self.accumulate(batches, [count[1] / rows for count in counts], items)
-        loss, self.state.gradient_norm = self.update(loss)
-        self.state.step += 1
-        self.state.tokens_seen += int(tokens)
-        self.state.supervised_tokens_seen += int(items)
+        sums = [sum(column) for column in zip(*counts)][:4] + [flops, state.train_seconds, self.stop.requested]
+        items, rows, tokens, size, flops, seconds, stops = ranks.sum_over_ranks(sums)
+        seconds /= ranks.world_size()  # all ranks follow one clock
+        loss = None if stops else self.accumulate(batches, [count[1] / rows for count in counts], items)
+        if loss is None:
+            return False
+        loss, state.gradient_norm = self.update(loss, self.schedule.factor(state.step, seconds))
+        state.step += 1
+        state.finished = self.schedule.is_over(state.step, seconds * state.step / max(1, state.step - 1))
+        state.tokens_seen += int(tokens)
+        state.supervised_tokens_seen += int(items)
         window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
+        return True
 
     def accumulate(self, batches, shares, items):
-        """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor.
+        """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor, or None when
+        a request to stop came in between (a launcher waits for seconds only, and a step can be long).
 
         shares: each micro-batch's part of the rows of the whole step, by which its balance loss counts.
         """
         total = torch.zeros((), device=self.device)
-        # A tensor, for a number would be compiled into the graph.
-        num_items = torch.tensor(items, dtype=torch.float32, device=self.device)
+        # A tensor, for a number would be compiled into the graph; filled on the device, for a copy would wait for it.
+        num_items = torch.full((), items, dtype=torch.float32, device=self.device)
         for index, (batch, share) in enumerate(zip(batches, shares)):
+            if index and any(ranks.sum_over_ranks([self.stop.requested])):
+                return None
             with self.strategy.micro_batch(last=index == len(batches) - 1):
                 with autocast(self.device, self.dtype):
                     loss, aux_loss = self.loss_function(self.strategy.runner, self.to_device(batch), num_items)
@@ -266,11 +328,12 @@ class Trainer:
     def to_device(self, batch):
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def update(self, loss):
-        """Clip and apply the gradients unless something is not finite; returns (loss over all ranks, gradient norm)."""
+    def update(self, loss, factor):
+        """Clip and apply the gradients at `factor` times the peak rates unless something is not finite; returns (loss
+        over all ranks, gradient norm)."""
         norm = self.strategy.gradient_norm()
         loss, norm_value = torch.stack((loss, norm)).tolist()  # the only wait for the device in a step
-        loss, stops = ranks.sum_over_ranks([loss, self.stop.requested], self.device)
+        loss, stops = ranks.sum_over_ranks([loss, self.stop.requested])
         self.state.stopping = stops > 0
         # With float16 an infinite gradient is how the scaler learns that its scale is too large: it skips this step.
         overflowed = self.strategy.overflowed(norm_value)
@@ -278,18 +341,28 @@ class Trainer:
             raise UserError(self.divergence(loss, norm_value))
         if self.settings.grad_clip and norm_value > self.settings.grad_clip and not overflowed:
             self.strategy.clip(norm, self.settings.grad_clip)
-        factor = learning_rate_factor(self.state.step, self.total_steps, self.warmup_steps)
         self.strategy.step(factor, skip=overflowed)
         return loss, norm_value
 
     def divergence(self, loss, norm):
         """The error line for a loss or gradient that is not finite."""
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        kept = f"{self.path} holds step {self.state.saved_step}" if self.state.saved_step else "nothing was saved yet"
-        return (
-            f"step {self.state.step + 1}: {what}; stopped before it reached the weights ({kept}); "
-            "try a lower --learning_rate"
-        )
+        what = f"step {self.state.step + 1}: {what}; stopped before it reached the weights"
+        return f"{what} ({self.kept(self.state.saved_step)}); try a lower --learning_rate"
+
+    def kept(self, step):
+        """What there is after a failure when `step` was saved last."""
+        return f"{self.path} of step {step} is intact" if step else "nothing was saved yet"
+
+    def out_of_memory(self):
+        """The error line for a GPU that is full."""
+        rows, accumulation = self.settings.batch_size, self.settings.accumulation_steps
+        way_out = "a shorter --max_seq_len or a smaller --preset"
+        if rows > 1:
+            half = next(part for part in range(rows // 2, 0, -1) if rows % part == 0)
+            way_out = f"--batch_size {half} --accumulation_steps {accumulation * rows // half}, the same rows a step"
+        kept = self.kept(self.state.saved_step)
+        return f"{self.device} has too little memory for --batch_size {rows} ({kept}); try {way_out}"
 
     def report(self, window):
         """One line and one record on the steps since the last report."""
@@ -303,14 +376,16 @@ class Trainer:
             record["mfu"] = window["flops"] / window["seconds"] / self.peak_flops / ranks.world_size()
         if state.steady_since:
             steady = (time.perf_counter() - state.steady_since) / (state.step - state.first_step - 1)
-            record["seconds_left"] = round(steady * (self.total_steps - state.step), 1)
+            left = min(steady * (self.schedule.total_steps - state.step), self.schedule.seconds - state.train_seconds)
+            record["seconds_left"] = max(0.0, round(left, 1))
         if load is not None:
             record["expert_load"] = [round(share, 4) for share in load.tolist()]
-        self.log.write(step_line(record, self.total_steps), **record)
+        self.log.write(step_line(record, self.step_of_total), **record)
 
     @torch.no_grad()
     def validate(self):
-        """Mean loss and bits per byte over the same --eval_tokens held-out targets each time, into state and log."""
+        """Mean loss and bits per byte over the same --eval_tokens held-out targets each time, into state and log; nothing
+        of one that a request to stop has cut short."""
         if not len(self.validation_loader):
             return
         self.model.eval()
@@ -326,30 +401,44 @@ class Trainer:
             if sums["items"] >= wanted or self.stop.requested:
                 break
         self.model.train()
-        sums = dict(zip(sums, ranks.sum_over_ranks(list(sums.values()), self.device)))
+        *totals, stops = ranks.sum_over_ranks([*sums.values(), self.stop.requested])
+        if stops:
+            return
+        sums = dict(zip(sums, totals))
         loss, bits_per_byte = state.validation_loss, state.validation_bits_per_byte = mean_loss(sums)
-        text = f"step {state.step:,}/{self.total_steps:,}  validation loss {loss:.4f}  bpb {bits_per_byte:.4f}"
+        text = f"{self.step_of_total}  validation loss {loss:.4f}  bpb {bits_per_byte:.4f}"
         text += f"  ({int(sums['items']):,} held-out tokens)"
         self.log.write(text, step=state.step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
 
+    @property
+    def step_of_total(self):
+        total = self.schedule.total_steps
+        return f"step {self.state.step:,}" + (f"/{total:,}" if total < math.inf else "")
+
     def save(self):
-        """Write checkpoint, description and training state; a full disk ends the run and the last ones stay intact."""
+        """Write checkpoint, description and training state. A full disk ends the run, as do weights that became infinite
+        in the last step; the files of the last save stay intact."""
         states = ranks.gather(resume.random_state(self.device))
         state, weights, training_state = self.state, self.strategy.weights(), self.strategy.state_dict()
         previous, state.saved_step = state.saved_step, state.step
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            kept = self.kept(previous)
+            raise UserError(
+                f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
+            )
         if not ranks.is_main():
             return
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
-        metadata.update(total_steps=self.total_steps, peak_memory_bytes=peak_memory(self.device))
+        total_steps = self.schedule.total_steps if self.schedule.total_steps < math.inf else None
+        metadata.update(total_steps=total_steps, peak_memory_bytes=peak_memory(self.device))
         training_state.update(progress=state.progress(), parent=self.parent, random=states, trajectory=self.trajectory)
         training_state["loader"] = self.train_loader.state_dict()
         try:
-            save_checkpoint(self.path, self.model, metadata, training_state, weights)
+            with self.stop.held():
+                save_checkpoint(self.path, self.model, metadata, training_state, weights)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
-            kept = f"the checkpoint of step {previous} is intact" if previous else "there is no earlier checkpoint"
-            way_out = f"free some space and go on with: {command_line('--resume')}" if previous else "free some space"
-            raise UserError(
-                f"{self.path}: {error.strerror} while saving step {state.step}; {kept}; {way_out}"
-            ) from None
+            way_on = f" and go on with: {command_line('--resume', without={'--overwrite': 0})}" if previous else ""
+            what = f"{self.path}: {error.strerror} while saving step {state.step}"
+            raise UserError(f"{what} ({self.kept(previous)}); free some space{way_on}") from None

@@ -1,11 +1,14 @@
 """Which optimizer moves which parameter, and how fast in which step."""
 
+import dataclasses
 import math
 import re
 
 import torch
 
 from model.errors import UserError
+
+WARMUP_SHARE = 0.05
 
 
 def build_optimizers(model, settings):
@@ -46,13 +49,44 @@ def is_hidden_matrix(name, parameter):
     return parameter.dim() == 2 and bool(re.search(r"(^|\.)layers\.\d+\.", name)) and "gate" not in name.split(".")
 
 
-def learning_rate_factor(step, total_steps, warmup_steps):
-    """Share of the peak learning rate in step `step` (from 0): linear warm-up, then v1's cosine to a tenth,
-    0.1 + 0.5 * 0.9 * (1 + cos(pi t / T)) with t and T counted from the end of the warm-up."""
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long a run is and how fast it learns at each moment: by steps, by seconds of training, or what ends first.
+
+    total_steps and seconds may be infinite, not both. The warm-up ends after warmup_steps, or warmup_seconds if sooner.
+    """
+
+    total_steps: float
+    warmup_steps: int
+    seconds: float = math.inf
+    warmup_seconds: float = math.inf
+
+    def factor(self, step, elapsed=0.0):
+        """Share of the peak learning rate in step `step` (from 0), `elapsed` seconds into the run: linear warm-up, then
+        v1's cosine to a tenth, 0.1 + 0.5 * 0.9 * (1 + cos(pi p)) with p the share done of the steps after the warm-up,
+        or of the seconds where that is more."""
+        if step < self.warmup_steps and elapsed < self.warmup_seconds:
+            return max((step + 1) / (self.warmup_steps + 1), elapsed / self.warmup_seconds)
+        steps = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = min(1.0, max(steps, elapsed / self.seconds))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    def is_over(self, step, elapsed):
+        """Whether nothing is left to do after `step` steps in `elapsed` seconds: no further step would fit."""
+        return step >= self.total_steps or (step > 0 and elapsed + elapsed / step > self.seconds)
+
+
+def make_schedule(settings, steps_per_epoch):
+    """The Schedule of resolved TrainingSettings: epochs, max_steps and max_minutes as far as given, one epoch if none."""
+    seconds = math.inf if settings.max_minutes is None else 60 * settings.max_minutes
+    epochs, total_steps = settings.epochs, settings.max_steps or math.inf
+    if total_steps == seconds == math.inf:
+        epochs = epochs or 1
+    if epochs is not None:
+        total_steps = min(total_steps, epochs * steps_per_epoch)
+    if settings.warmup_iters is not None:
+        return Schedule(total_steps, settings.warmup_iters, seconds)
+    return Schedule(total_steps, min(2000, total_steps) // 20, seconds, WARMUP_SHARE * seconds)
 
 
 def set_learning_rates(optimizers, factor):

@@ -6,6 +6,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from model.errors import say
+
 
 def rank():
     """This process's number among the ranks, 0 when there is only one."""
@@ -23,15 +25,19 @@ def is_main():
 
 
 def print_once(text):
-    """print, on the main rank alone."""
+    """say, on the main rank alone."""
     if is_main():
-        print(text, flush=True)
+        say(text)
 
 
 def initialise(device):
-    """Join the process group when torchrun (or anything else that sets WORLD_SIZE above 1) started several ranks."""
+    """Join the process group when torchrun (or anything else that sets WORLD_SIZE above 1) started several ranks.
+
+    Gradients travel by NCCL where they lie on GPUs; the few numbers that the loop counts with are on the host and go by
+    gloo, so that no rank waits for its GPU to learn them.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def shut_down():
@@ -43,13 +49,11 @@ def shut_down():
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values, device):
+def sum_over_ranks(values):
     """Element-wise float64 sum of a list of numbers over all ranks, as a list of floats."""
-    if world_size() == 1:
-        return [float(value) for value in values]
-    # NCCL reduces only what lies on the GPU; MPS has no float64, and no process groups either.
-    total = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    dist.all_reduce(total)
+    total = torch.tensor(values, dtype=torch.float64)
+    if world_size() > 1:
+        dist.all_reduce(total)
     return total.tolist()
 
 

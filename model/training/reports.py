@@ -6,13 +6,12 @@ import json
 import math
 import os
 import re
-import sys
 
 import torch
 from tqdm import tqdm
 
 from model.device import select_dtype
-from model.errors import UserError, warn
+from model.errors import UserError, say, warn
 from model.files import atomic_write
 
 # Dense 16-bit tensor-core peaks in TFLOP/s from NVIDIA's data sheets, under regular expressions of which the first that
@@ -46,7 +45,8 @@ class RunLog:
         with atomic_write(self.path, "w", encoding="utf-8") as handle:
             handle.writelines(line + "\n" for line in kept if step_of(line) <= first_step)
         # disable=None: no bar where stderr is not a terminal.
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+        total = total_steps if total_steps < math.inf else None
+        self.bar = tqdm(total=total, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
         self.wandb_run = wandb_run
 
     def advance(self):
@@ -58,8 +58,7 @@ class RunLog:
         """Show `text`, append `record` (with its step) to the file, send its numbers to Weights & Biases."""
         if not self.active:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        say(text, write=tqdm.write)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -106,12 +105,10 @@ def mean_loss(sums):
     return sums["nats"] / max(1, sums["items"]), sums["nats"] / math.log(2) / max(1, sums["size"])
 
 
-def step_line(record, total_steps):
+def step_line(record, step_of_total):
     """The line on the terminal for one record of the log."""
-    text = (
-        "step {step:,}/{total:,}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
-    )
-    text = (text + "  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(total=total_steps, **record)
+    text = "{place}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
+    text = (text + "  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(place=step_of_total, **record)
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"
     if "seconds_left" in record:

@@ -1,5 +1,7 @@
 """What --resume restores besides weights, and which settings may not change under it."""
 
+import contextlib
+import os
 import random
 import signal
 import sys
@@ -7,10 +9,12 @@ import sys
 import numpy
 import torch
 
-from model.errors import UserError, warn
+from model.checkpoint import CONFIG_FIELDS, FREE_FIELDS
+from model.errors import UserError, say, warn
 from model.training import ranks
 
-STEPS_FLAG = "--epochs or --max_steps"
+STEPS_FLAG = "--epochs or --max_steps (in steps)"
+SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes")
 
 
 def seed_generators(seed):
@@ -42,23 +46,36 @@ def restore_random_state(state, device):
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def restore_random_states(states, device, seed):
+    """Give this rank its own of the random_state of every rank; fresh generators where the ranks were others."""
+    if len(states) == ranks.world_size():
+        restore_random_state(states[ranks.rank()], device)
+    else:
+        seed_generators(seed)
+
+
 def trajectory(trainer, data, identity):
     """({flag: value} that --resume must not change, {flag: value} that changes the course and gets a warning).
 
     data: fingerprint of the training rows. identity: further {flag: value} that decide what is learned from them.
     """
-    settings, config = trainer.settings, trainer.model.config
+    settings, config, schedule = trainer.settings, trainer.model.config, trainer.schedule
+    rows = settings.batch_size * settings.accumulation_steps * ranks.world_size()
     fixed = {
         "--data_path (its contents)": data,
         "--tokenizer_path (its contents)": trainer.tokenizer_hash,
         "--max_seq_len": config.max_seq_len,
-        "the number of processes": ranks.world_size(),
-        **{f"--{name}": getattr(settings, name) for name in ("batch_size", "accumulation_steps", "seed", "optimizer")},
+        "the rows of a step (--batch_size x --accumulation_steps x processes)": rows,
+        **{f"--{name}": getattr(settings, name) for name in ("seed", "optimizer")},
+        **{f"the model's {name}": getattr(config, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS},
         **identity,
     }
     free = {f"--{name}": getattr(settings, name) for name in ("learning_rate", "weight_decay", "grad_clip", "compile")}
-    free.update({"--warmup_iters": trainer.warmup_steps, STEPS_FLAG: f"{trainer.total_steps} steps"})
-    free.update({"--dropout": config.dropout, "--dtype": str(trainer.dtype), "--device": trainer.device.type})
+    free.update({f"--{name}": getattr(settings, name) for name in ("batch_size", "accumulation_steps", "max_minutes")})
+    free.update({"--warmup_iters": schedule.warmup_steps, STEPS_FLAG: schedule.total_steps})
+    free.update({"--dtype": str(trainer.dtype), "--device": trainer.device.type})
+    free.update({f"the model's {name}": getattr(config, name) for name in FREE_FIELDS if name != "max_seq_len"})
+    free["the number of processes"] = ranks.world_size()
     if settings.optimizer == "muon":
         free["--muon_learning_rate"] = settings.muon_learning_rate
     return fixed, free
@@ -73,25 +90,45 @@ def check_trajectory(saved, own):
                 raise UserError(f"--resume: {flag} was {old} and is {new} now; give the old one or omit --resume")
             if old != new:
                 effect = "the run goes on differently than it began"
+                if flag in SPLIT_FLAGS:
+                    effect = "the same rows in the same order, but rounded differently"
                 if flag == STEPS_FLAG:
                     effect = f"the schedule of the earlier steps ended there, so {effect} (--stop_after keeps it)"
                 warn(f"--resume: {flag} was {old} and is {new} now; {effect}")
 
 
 class StopRequest:
-    """Context in which the first SIGINT or SIGTERM only sets `requested`; a second one acts as usual."""
+    """Context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`; a second one acts as usual, but not
+    while the files are being `saving`."""
 
-    requested, previous = False, {}
+    requested, saving, previous = False, False, {}
 
     def __enter__(self):
-        self.requested = False
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.requested, self.process = False, os.getpid()
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        self.previous = {number: signal.signal(number, self.note) for number in wanted}
         return self
 
     def note(self, number, frame):
-        self.requested = True
-        self.restore()
-        print(f"{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr)
+        if os.getpid() != self.process:
+            return  # a process that prepares batches: it ends with the main one
+        if self.requested and not self.saving:
+            self.restore()
+            signal.raise_signal(number)
+        elif not self.requested:
+            self.requested = True
+            doing = "saving" if self.saving else "finishing this forward and backward pass, then saving"
+            say(f"{signal.Signals(number).name}: {doing}", sys.stderr)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Within, no signal ends the process: the files are being written."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
 
     def restore(self):
         for number, handler in self.previous.items():

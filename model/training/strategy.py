@@ -67,8 +67,13 @@ class DataParallel:
         for optimizer in self.optimizers:
             if not skip:  # the scaler would skip only the optimizer whose own gradients overflowed
                 self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+        self.forget_gradients()
         self.scaler.update()
+
+    def forget_gradients(self):
+        """As if backward() had not been called since the last step."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     @property
     def learning_rate(self):
@@ -89,9 +94,18 @@ class DataParallel:
         return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
-        """Undo what happened since state_dict(); rates and decay stay as the settings of this run say."""
+        """Undo what happened since state_dict(); rates and decay stay as the settings of this run say.
+
+        Raises ValueError for a state of other parameters: fused optimizers would write beyond its tensors.
+        """
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             groups = [dict(group) for group in optimizer.param_groups]
+            parameters = [parameter for group in groups for parameter in group["params"]]
+            moments = {"momentum_buffer"} if isinstance(optimizer, torch.optim.Muon) else {"exp_avg", "exp_avg_sq"}
+            for index, values in saved["state"].items():
+                fits = moments == values.keys() - {"step"} and torch.as_tensor(values.get("step", 0)).numel() == 1
+                if not fits or any(values[name].shape != parameters[index].shape for name in moments):
+                    raise ValueError("the optimizer's state is of another model")
             optimizer.load_state_dict(saved)
             for group, own in zip(optimizer.param_groups, groups):
                 group.update(own)

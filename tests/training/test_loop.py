@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 
 import pytest
@@ -20,8 +19,7 @@ from model.errors import UserError
 from model.settings import ModelSettings, TrainingSettings
 from model.training import reports
 from model.training.loop import Trainer, language_model_loss, measure, start
-from model.training.optimizer import build_optimizers, is_hidden_matrix, learning_rate_factor
-from model.training.resume import StopRequest
+from model.training.optimizer import Schedule, build_optimizers, is_hidden_matrix, make_schedule
 
 
 @pytest.fixture
@@ -161,15 +159,53 @@ def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tok
 
 def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
     total, warmup, peak = 110, 10, 2e-4
-    rates = [peak * learning_rate_factor(step, total, warmup) for step in range(total)]
+    schedule = Schedule(total, warmup)
+    rates = [peak * schedule.factor(step) for step in range(total)]
     assert rates[0] == pytest.approx(peak / 11) and rates[9] == pytest.approx(peak * 10 / 11)
     for step in range(warmup, total):
         t, T = step - warmup, total - warmup
         assert rates[step] == pytest.approx(peak / 10 + 0.5 * (peak - peak / 10) * (1 + math.cos(math.pi * t / T)))
     assert rates[warmup] == pytest.approx(peak) and rates[60] == pytest.approx(0.55 * peak)
-    assert learning_rate_factor(total, total, warmup) == pytest.approx(0.1)
-    assert learning_rate_factor(10 * total, total, warmup) == pytest.approx(0.1)
-    assert learning_rate_factor(0, 10, 0) == 1.0
+    assert schedule.factor(total) == pytest.approx(0.1)
+    assert schedule.factor(10 * total) == pytest.approx(0.1)
+    assert Schedule(10, 0).factor(0) == 1.0
+
+
+def test_schedule_by_time_warms_up_then_follows_the_clock():
+    settings = TrainingSettings(max_minutes=10).resolved(torch.device("cpu"), 1)
+    schedule = make_schedule(settings, steps_per_epoch=1000)
+    assert schedule.total_steps == math.inf and schedule.seconds == 600
+    cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * seconds / 600)) for seconds in range(0, 601)]
+    assert schedule.factor(0, 0.0) == pytest.approx(1 / 101)  # of a hundred steps ...
+    assert schedule.factor(9, 15.0) == pytest.approx(0.5)  # ... or of 5 % of the time, 30 s, what goes faster
+    assert schedule.factor(50, 1.0) == pytest.approx(51 / 101)
+    assert schedule.factor(9, 30.0) == pytest.approx(cosine[30]) and schedule.factor(100, 3) == pytest.approx(cosine[3])
+    assert schedule.factor(10**6, 300) == pytest.approx(0.55) and schedule.factor(7, 600) == pytest.approx(0.1)
+    assert not schedule.is_over(0, 0.0) and not schedule.is_over(10, 500) and not schedule.is_over(599, 599)
+    assert schedule.is_over(10, 546) and schedule.is_over(3, 599)  # another step of that length would end too late
+    both = make_schedule(TrainingSettings(max_minutes=10, max_steps=100, warmup_iters=3), 1000)
+    assert both.factor(51, 60) == Schedule(100, 3).factor(51) and both.factor(4, 300) == pytest.approx(0.55)
+    assert both.factor(1, 60.0) == 0.5  # --warmup_iters is in steps
+    assert both.is_over(100, 1) and both.is_over(99, 599)
+    assert make_schedule(TrainingSettings(max_minutes=10, epochs=2), 30).total_steps == 60
+
+
+def test_max_minutes_ends_within_the_time_and_resumes_its_clock(pretrain_csv, tmp_path, tokenizer):
+    words = ("--max_minutes", 0.025, "--log_interval", 1)
+    run = make_trainer(pretrain_csv, tmp_path, *words, "--stop_after", 5, tokenizer=tokenizer)
+    assert run.train() is False
+    begun = run.state.train_seconds
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.resume()
+    assert run.state.train_seconds == begun
+    assert run.train() is True
+    assert 1.2 < run.state.train_seconds < 1.6 and run.state.step > 10
+    rates = [line["learning_rate"] for line in records(run) if "learning_rate" in line]
+    assert len(rates) == run.state.step and rates[-1] < 0.12 * 1e-3 and max(rates) > 0.9e-3
+    assert "validation_loss" in records(run)[-1]
+    again = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    again.resume()
+    assert again.train() is True and again.state.step == run.state.step
 
 
 def test_every_optimizer_follows_the_schedule_and_the_log_says_its_rate(pretrain_csv, tmp_path, tokenizer):
@@ -184,7 +220,7 @@ def test_every_optimizer_follows_the_schedule_and_the_log_says_its_rate(pretrain
 
         optimizer.step = note
     run.train()
-    factors = [learning_rate_factor(step, 6, 2) for step in range(6)]
+    factors = [Schedule(6, 2).factor(step) for step in range(6)]
     assert [rate for (rate,) in rates[0::2]] == pytest.approx([1e-2 * factor for factor in factors])  # Muon's
     assert [rate for (rate,) in rates[1::2]] == pytest.approx([1e-3 * factor for factor in factors])
     logged = [record["learning_rate"] for record in records(run) if "learning_rate" in record]
@@ -379,7 +415,7 @@ def test_non_finite_numbers_stop_before_the_weights_change(pretrain_csv, tmp_pat
         return result
 
     run.strategy.optimizers[0].step = note
-    with pytest.raises(UserError, match=r"step 6: (loss|gradient norm) is nan.*holds step 4"):
+    with pytest.raises(UserError, match=r"step 6: (loss|gradient norm) is nan.*of step 4 is intact"):
         run.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
     again = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
@@ -400,194 +436,6 @@ def test_float16_skips_overflows_but_not_for_ever(pretrain_csv, tmp_path, tokeni
         run.train()
     assert 10 < run.state.step < 30  # 65536 halves 16 times before it falls below 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
-
-
-# ---- exact resume
-
-
-class Killed(Exception):
-    pass
-
-
-VARIANTS = {
-    "plain": [],
-    "accumulation": ["--accumulation_steps", 3],
-    "muon and dropout": ["--optimizer", "muon", "--dropout", 0.2],
-    "moe": ["--use_moe", "--dtype", "bfloat16"],
-    "float16": ["--dtype", "float16"],
-    "sft": ["--accumulation_steps", 2, "--dropout", 0.1],
-}
-
-
-@pytest.mark.parametrize("variant, killed_after", [("plain", 3), *((name, 6) for name in VARIANTS)])
-def test_straight_run_equals_killed_and_resumed_run(request, tmp_path, tokenizer, variant, killed_after):
-    data = request.getfixturevalue("sft_csv" if variant == "sft" else "pretrain_csv")
-    words = [
-        *VARIANTS[variant],
-        "--batch_size",
-        8,
-        "--max_steps",
-        9,
-        "--save_interval",
-        3,
-        "--eval_interval",
-        4,
-        "--log_interval",
-        1,
-    ]
-    common = dict(tokenizer=tokenizer, sft=variant == "sft")
-    straight = make_trainer(data, tmp_path / "straight", *words, **common)
-    straight.train()
-    assert straight.state.step > straight.steps_per_epoch, "must cross an epoch"
-
-    def dies(model, batch, num_items):
-        if run.state.step == killed_after + 1:
-            raise Killed
-        return language_model_loss(model, batch, num_items)
-
-    run = make_trainer(data, tmp_path / "killed", *words, **common, loss_function=dies)
-    with pytest.raises(Killed):
-        run.train()
-    torch.manual_seed(0)
-    run = make_trainer(data, tmp_path / "killed", *words, **common)
-    run.resume()
-    assert run.state.step == killed_after
-    run.train()
-    assert run.state.step == 9
-    assert all(torch.equal(tensor, weights(straight)[name]) for name, tensor in run.model.state_dict().items())
-    assert run.path.read_bytes() == straight.path.read_bytes()
-    assert run.strategy.scaler.state_dict() == straight.strategy.scaler.state_dict()
-    # The log shows every step once, with the same losses.
-    shown = [
-        [(line["step"], line.get("loss"), line.get("validation_loss")) for line in records(r)] for r in (straight, run)
-    ]
-    assert sorted(shown[0], key=str) == sorted(shown[1], key=str)
-
-
-def test_a_signal_saves_and_the_run_can_go_on(pretrain_csv, tmp_path, tokenizer, capsys):
-    def interrupted(model, batch, num_items):
-        if model.training and run.state.step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return language_model_loss(model, batch, num_items)
-
-    straight = make_trainer(pretrain_csv, tmp_path / "straight", "--max_steps", 8, tokenizer=tokenizer)
-    straight.train()
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run = make_trainer(
-        pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer, loss_function=interrupted
-    )
-    assert run.train() is False and run.state.step == 5
-    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    assert "to go on: Trainer.resume(), then Trainer.train()" in capsys.readouterr().out  # not run by a script
-    run = make_trainer(pretrain_csv, tmp_path / "stopped", "--max_steps", 8, tokenizer=tokenizer)
-    run.resume()
-    assert run.state.step == 5 and run.train() is True
-    assert run.path.read_bytes() == straight.path.read_bytes()
-
-
-def test_a_stopped_trainer_goes_on_where_it_is(pretrain_csv, tmp_path, tokenizer):
-    def interrupted(model, batch, num_items):
-        if model.training and run.state.step == 2 and not run.stop.requested and not saved:
-            signal.raise_signal(signal.SIGINT)
-        return language_model_loss(model, batch, num_items)
-
-    saved = []
-    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 6, tokenizer=tokenizer, loss_function=interrupted)
-    assert run.train() is False and run.state.step == 3
-    saved.append(3)
-    run.resume()
-    assert run.train() is True and run.state.step == 6
-
-
-def test_a_second_signal_acts_as_usual(capsys):
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested and "finishing this step" in capsys.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("sft", [False, True])
-def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, capsys, monkeypatch, sft):
-    data = request.getfixturevalue("sft_csv" if sft else "pretrain_csv")
-    words = ("--optimizer", "muon", "--dropout", 0.1, "--max_steps", 40, "--eval_interval", 4, "--save_interval", 100)
-    straight = make_trainer(data, tmp_path / "straight", *words, tokenizer=tokenizer, sft=sft)
-    assert straight.warmup_steps == 2 and straight.train() is True
-    capsys.readouterr()
-    for stop in (1, 8, 8, 13):  # within the warm-up, where validation is due, again, within an epoch
-        monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--stop_after", str(stop), "--seed", "1337"])
-        run = make_trainer(data, tmp_path / "parts", *words, "--stop_after", stop, tokenizer=tokenizer, sft=sft)
-        if stop > 1:
-            run.resume()
-        assert run.train() is False and run.state.step == stop
-        shown = capsys.readouterr()
-        assert f"saved at step {stop} of 40; to go on: python 1-pretrain.py --seed 1337 --resume\n" in shown.out
-        assert not shown.err.count("warning")
-    run = make_trainer(data, tmp_path / "parts", *words, "--stop_after", 40, tokenizer=tokenizer, sft=sft)
-    run.resume()
-    assert run.train() is True
-    assert run.path.read_bytes() == straight.path.read_bytes()
-    for name in ("validation_loss", "tokens_seen", "supervised_tokens_seen"):
-        assert getattr(run.state, name) == getattr(straight.state, name)
-    validated = [[line for line in records(each) if "validation_loss" in line] for each in (run, straight)]
-    assert validated[0] == validated[1]
-
-
-@pytest.mark.parametrize(
-    "changed, flag",
-    [
-        (["--batch_size", 2], "--batch_size was 4 and is 2"),
-        (["--accumulation_steps", 2], "--accumulation_steps"),
-        (["--seed", 1], "--seed"),
-        (["--optimizer", "muon"], "--optimizer was adamw and is muon"),
-        (["--max_seq_len", 16], "--max_seq_len"),
-        (["--n_layers", 3], "layers.2"),
-    ],
-)
-def test_resume_refuses_flags_that_change_the_meaning(pretrain_csv, tmp_path, tokenizer, changed, flag):
-    make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer).train()
-    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, *changed, tokenizer=tokenizer)
-    with pytest.raises(UserError, match=flag):
-        run.resume()
-
-
-def test_resume_refuses_other_data(pretrain_csv, tmp_path, tokenizer):
-    make_trainer(pretrain_csv, tmp_path, "--max_steps", 1, tokenizer=tokenizer).train()
-    other = tmp_path / "other.csv"
-    other.write_text(pretrain_csv.read_text().replace("北京", "天津"))
-    with pytest.raises(UserError, match=r"--data_path \(its contents\) was"):
-        make_trainer(other, tmp_path, "--max_steps", 1, tokenizer=tokenizer).resume()
-
-
-def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv, tmp_path, tokenizer, capsys):
-    make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer).train()
-    words = ("--max_steps", 4, "--learning_rate", 5e-4, "--weight_decay", 0.3)
-    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
-    run.resume()
-    warnings = capsys.readouterr().err
-    assert all(
-        flag in warnings for flag in ("--learning_rate was 0.001 and is 0.0005", "--weight_decay", "--max_steps")
-    )
-    assert "was 2 steps and is 4 steps now; the schedule of the earlier steps ended there" in warnings
-    run.train()
-    assert run.state.step == 4
-    assert run.strategy.optimizers[0].param_groups[0]["weight_decay"] == 0.3
-    assert run.strategy.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-4 * learning_rate_factor(3, 4, 0))
-
-
-def test_resume_of_a_finished_run_changes_nothing(pretrain_csv, tmp_path, tokenizer, capsys):
-    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
-    run.train()
-    content = run.path.read_bytes()
-    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
-    run.resume()
-    assert run.train() is True and run.path.read_bytes() == content
-    assert "nothing left to do" in capsys.readouterr().out
-
-
-def test_resume_without_a_state_is_one_line(pretrain_csv, tmp_path, tokenizer):
-    with pytest.raises(UserError, match="--resume: there is no .*test_32.resume.pth"):
-        make_trainer(pretrain_csv, tmp_path, tokenizer=tokenizer).resume()
 
 
 # ---- reports
@@ -670,7 +518,7 @@ def test_peaks_are_those_of_the_named_device_and_dtype(monkeypatch, name, bfloat
 def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
     def total(*words):
         run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
-        return run.total_steps, run.steps_per_epoch
+        return run.schedule.total_steps, run.steps_per_epoch
 
     steps, per_epoch = total()
     assert steps == per_epoch  # the stage's default, here 1
@@ -729,7 +577,7 @@ def test_wandb_gets_the_numbers_and_is_offline_without_a_key(pretrain_csv, tmp_p
     assert [step for step, _ in Run.logged] == [0, 1, 2, 2] and Run.finished
     assert "loss" in Run.logged[1][1]
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer).train()
+    make_trainer(pretrain_csv, tmp_path / "again", *words, tokenizer=tokenizer).train()
     assert Wandb.options["mode"] == "online"
 
 

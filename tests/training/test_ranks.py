@@ -26,12 +26,12 @@ rank, size = ranks.rank(), ranks.world_size()
 rows = [[0, 1, 2, 3], [4, 5, 6, 7]]
 batches = [run.train_loader.dataset[part[rank * 4 // size : (rank + 1) * 4 // size]] for part in rows]
 counts = [measure(batch, run.byte_lengths) for batch in batches]
-items, total_rows = ranks.sum_over_ranks([sum(c[0] for c in counts), sum(c[1] for c in counts)], run.device)
+items, total_rows = ranks.sum_over_ranks([sum(c[0] for c in counts), sum(c[1] for c in counts)])
 run.accumulate(batches, [0.0] * len(batches), items)  # DDP must be ready for a second step
 run.model.zero_grad()
 loss = run.accumulate(batches, [count[1] / total_rows for count in counts], items)
 norm = run.strategy.gradient_norm()
-(loss,) = ranks.sum_over_ranks([float(loss)], run.device)
+(loss,) = ranks.sum_over_ranks([float(loss)])
 gradients = {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
 with run.strategy.micro_batch(last=False):
     synchronised = getattr(run.strategy.runner, "require_backward_grad_sync", False)
