@@ -110,7 +110,7 @@ def main():
         except ValueError as error:
             raise UserError(f"--presets: {error}", exit_code=2) from None
         model = Transformer(config)
-        cpu_kernels.install(model, device, dtype)
+        cpu_kernels.install(model, device, dtype, args.compile)
         steps[preset] = make_step(model, batch, device, dtype, args.compile, return_logits=False)
         flops[preset] = flops_per_token(model, args.max_seq_len)
         if not config.use_moe:

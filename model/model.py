@@ -139,13 +139,27 @@ class Attention(nn.Module):
         # "if" makes a plain bool of a length that torch.compile keeps symbolic; a kernel's flag may not be symbolic.
         causal = True if mask is None and query.shape[2] > 1 else False
         grouped = self.n_heads != self.n_kv_heads
+        if grouped and self.flash_attn and not shares_keys(query.device.type, query.dtype, mask):
+            key, value = repeat_heads(query, key, value)
+            grouped = False
         return attend(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped)
+
+
+def shares_keys(device_type, dtype, mask):
+    """Whether a fused kernel lets query heads share a key head: on CUDA only in 16 bits and without a mask; otherwise
+    scaled_dot_product_attention would fall back to one that holds all scores in memory."""
+    return device_type != "cuda" or (mask is None and dtype in (torch.bfloat16, torch.float16))
+
+
+def repeat_heads(query, key, value):
+    """key and value [B, G, K, D] repeated for every head of query: [B, H, K, D]."""
+    return (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
 
 
 def plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
     """softmax(Q K^T / sqrt(D)) V written out, with scaled_dot_product_attention's arguments (flash_attn=False)."""
     if enable_gqa:
-        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+        key, value = repeat_heads(query, key, value)
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
@@ -210,20 +224,6 @@ class MoEGate(nn.Module):
         return self.alpha * (load * probability).sum(dim=1).mean()
 
 
-class Permute(torch.autograd.Function):
-    """Rows of x in another order. Knowing the inverse makes the gradient a gather too: no atomics, deterministic."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(0, inverse), None, None
-
-
 class MOEFeedForward(nn.Module):
     """Routed experts, each a SwiGLU, weighted by the gate, plus shared experts that see every token."""
 
@@ -246,19 +246,40 @@ class MOEFeedForward(nn.Module):
             output = output + self.shared_experts(x)
         return output, aux_loss
 
-    @torch.compiler.disable
     def routed(self, x, weights, experts):
-        """x [N, C], weights and experts [N, k] -> [N, C]. Copies of tokens are sorted by expert, each expert works on
-        one contiguous slice, and the results go back to token order: the loop is over experts, never over tokens."""
+        """x [N, C], weights and experts [N, k] -> [N, C]. Copies of tokens are sorted by expert, so that each expert works
+        on one contiguous slice, and the results go back to token order."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         order = experts.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        counts = experts.flatten().bincount(minlength=len(self.experts))
-        copies = x[:, None].expand(-1, self.top_k, -1).reshape(-1, x.shape[-1])
-        slices = Permute.apply(copies, order, inverse).split(counts.tolist())
-        results = torch.cat([expert(part) for expert, part in zip(self.experts, slices) if len(part)])
-        results = Permute.apply(results, inverse, order).view(-1, self.top_k, x.shape[-1])
+        ends = (experts.view(-1, 1) <= torch.arange(len(self.experts), device=x.device)).sum(dim=0, dtype=torch.int32)
+        copies = x.to(dtype)[:, None].expand(-1, self.top_k, -1).reshape(-1, x.shape[-1]).index_select(0, order)
+        results = self.grouped(copies, ends) if self.can_group(copies) else self.one_by_one(copies, ends)
+        results = results.index_select(0, order.argsort()).view(-1, self.top_k, x.shape[-1])
         return (results * weights[..., None].to(results.dtype)).sum(dim=1).to(x.dtype)
+
+    def can_group(self, copies):
+        """Whether grouped products can do it and are faster: they copy the weights of all experts, which does not pay for
+        the few tokens of a decoding step on a CPU. Layers that adapters have replaced must be called themselves."""
+        w1, whole = self.experts[0].w1, torch.is_grad_enabled() or copies.device.type == "cuda"
+        aligned = isinstance(w1, nn.Linear) and w1.in_features % 8 == 0 and w1.out_features % 8 == 0
+        return whole and aligned and copies.dtype != torch.float64 and hasattr(F, "grouped_mm")
+
+    def grouped(self, copies, ends):
+        """copies [N * k, C] sorted by expert, those of expert e ending at ends[e] -> [N * k, C], in three products and
+        without waiting for the device to tell the numbers."""
+
+        def product(rows, name):
+            matrices = torch.stack([getattr(expert, name).weight.to(rows.dtype) for expert in self.experts])
+            return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+
+        output = product(F.silu(product(copies, "w1")) * product(copies, "w3"), "w2")
+        return F.dropout(output, self.experts[0].dropout, self.training)
+
+    @torch.compiler.disable
+    def one_by_one(self, copies, ends):
+        """The same, one expert after the other. An expert without tokens has a gradient too: zero, as in grouped()."""
+        slices = zip(self.experts, copies.tensor_split(ends[:-1].tolist()))
+        return torch.cat([expert(part) for expert, part in slices if len(part) or torch.is_grad_enabled()])
 
 
 class TransformerBlock(nn.Module):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.LMConfig import PRESETS, LMConfig, preset_config
-from model.model import RMSNorm, RotaryTable, Transformer, apply_rotary
+from model.model import MOEFeedForward, RMSNorm, RotaryTable, Transformer, apply_rotary
 
 TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=64)
 
@@ -224,19 +224,84 @@ def test_router_receives_the_balance_loss_gradient():
     model(torch.randint(0, 300, (2, 8))).aux_loss.backward()
     for layer in model.layers:
         assert layer.feed_forward.gate.weight.grad.abs().max() > 0
-        assert layer.feed_forward.experts[0].w1.weight.grad is None or layer is not model.layers[-1]
+        gradient = layer.feed_forward.experts[0].w1.weight.grad
+        assert gradient is None or not gradient.any() or layer is not model.layers[-1]
 
 
-def test_gradients_do_not_depend_on_routing_order():
-    """An expert that no token chooses gets no gradient and breaks nothing."""
-    model = trained_scale(LMConfig(**TINY, use_moe=True)).train()
+@pytest.mark.parametrize("hidden_dim, dtype", [(128, torch.float32), (130, torch.float32), (128, torch.float64)])
+def test_an_expert_without_tokens_has_a_gradient_of_zero(hidden_dim, dtype):
+    """DDP waits for a gradient of every parameter on every rank; hidden_dim 130 and float64 cannot be grouped."""
+    model = trained_scale(LMConfig(**TINY, hidden_dim=hidden_dim, use_moe=True), dtype).train()
     with torch.no_grad():
         for layer in model.layers:
             layer.feed_forward.gate.weight.zero_()  # every score equal: the same two experts take all tokens
     input_ids = torch.randint(0, 300, (1, 6))
     model(input_ids, labels=input_ids).loss.backward()
-    used = [expert.w1.weight.grad is not None for expert in model.layers[0].feed_forward.experts]
-    assert sum(used) == 2
+    gradients = [expert.w1.weight.grad for expert in model.layers[0].feed_forward.experts]
+    assert [bool(gradient.any()) for gradient in gradients].count(True) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_grouped_products_equal_the_experts_one_by_one(monkeypatch, dropout):
+    model = trained_scale(LMConfig(**TINY, use_moe=True, num_experts_per_tok=3, dropout=dropout)).train()
+    layer, x = model.layers[0].feed_forward, torch.randn(3, 11, TINY["dim"])
+    results = []
+    for grouped in (True, False):
+        monkeypatch.setattr(MOEFeedForward, "can_group", lambda self, copies, grouped=grouped: grouped)
+        torch.manual_seed(0)
+        output, _ = layer(x.requires_grad_())
+        results.append((output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])))
+    if dropout:
+        zeros = [float((output[0] == 0).float().mean()) for output in results]
+        assert zeros[0] == pytest.approx(zeros[1], abs=0.1)
+    else:
+        for one, other in zip(*results):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+def test_adapters_in_place_of_an_experts_layers_are_called():
+    model = trained_scale(LMConfig(**TINY, use_moe=True)).train()
+    layer, x = model.layers[0].feed_forward, torch.randn(2, 5, TINY["dim"])
+    before = layer(x)[0]
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    for expert in layer.experts:
+        expert.w1 = Doubled(expert.w1)
+    assert not torch.allclose(layer(x)[0], before)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, masked, fused",
+    [
+        ("cpu", torch.float32, True, True), ("cuda", torch.bfloat16, False, True), ("cuda", torch.float16, False, True),
+        ("cuda", torch.float32, False, False), ("cuda", torch.bfloat16, True, False),
+    ],
+)  # fmt: skip
+def test_keys_are_repeated_where_no_fused_kernel_shares_them(monkeypatch, device, dtype, masked, fused):
+    from model import model as module
+
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool) if masked else None
+    assert module.shares_keys(device, dtype, mask) is fused
+    model, seen = trained_scale(LMConfig(**TINY)), []
+    ids, kernel = torch.randint(0, 300, (1, 8)), F.scaled_dot_product_attention
+    expected = model(ids).logits
+    monkeypatch.setattr(module, "shares_keys", lambda *where: fused)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda query, key, value, **options: (
+            seen.append((key.shape[1], options["enable_gqa"])) or kernel(query, key, value, **options)
+        ),
+    )
+    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert set(seen) == {(2, True) if fused else (4, False)}
 
 
 def test_autocast_training_gradients_are_close_to_float32():

@@ -26,13 +26,11 @@ class DataParallel:
 
     def __init__(self, model, settings, device, dtype, dynamic=False):
         self.model, self.optimizers = model, build_optimizers(model, settings)
-        cpu_kernels.install(model, device, dtype)
+        cpu_kernels.install(model, device, dtype, settings.compile)
         self.runner = model
         if ranks.world_size() > 1:
-            # An expert that no token chose has no gradient; without find_unused_parameters DDP would wait for it.
             device_ids = [device.index] if device.type == "cuda" else None
-            unused = model.config.use_moe
-            self.runner = nn.parallel.DistributedDataParallel(model, device_ids, find_unused_parameters=unused)
+            self.runner = nn.parallel.DistributedDataParallel(model, device_ids)
         if settings.compile:
             check_compiler(device)
             self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
