@@ -258,9 +258,11 @@ class MOEFeedForward(nn.Module):
         return (results * weights[..., None].to(results.dtype)).sum(dim=1).to(x.dtype)
 
     def can_group(self, copies):
-        """Whether grouped products can do it and are faster: they copy the weights of all experts, which does not pay for
-        the few tokens of a decoding step on a CPU. Layers that adapters have replaced must be called themselves."""
-        w1, whole = self.experts[0].w1, torch.is_grad_enabled() or copies.device.type == "cuda"
+        """Whether grouped products can do it and are faster: on a GPU, which would wait for the numbers, and in compiled
+        training, which would break off. They copy all weights, so that a CPU is faster without. Layers that adapters have
+        replaced must be called themselves."""
+        w1, compiled = self.experts[0].w1, torch.compiler.is_compiling() and torch.is_grad_enabled()
+        whole = copies.device.type == "cuda" or compiled
         aligned = isinstance(w1, nn.Linear) and w1.in_features % 8 == 0 and w1.out_features % 8 == 0
         return whole and aligned and copies.dtype != torch.float64 and hasattr(F, "grouped_mm")
 
