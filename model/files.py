@@ -6,8 +6,14 @@ import glob
 import gzip
 import lzma
 import os
+import re
+import shutil
+import socket
+import time
 import zlib
 from pathlib import Path
+
+import psutil
 
 from model.errors import UserError
 
@@ -18,6 +24,7 @@ except ImportError:
 
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
+ABANDONED_AFTER = 24 * 3600  # seconds without a write
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -55,26 +62,55 @@ def expand_paths(patterns):
     return list(paths)
 
 
+def refuse_existing(paths, overwrite):
+    """Raise UserError (exit code 2) for the first of `paths` that is there already, unless `overwrite`."""
+    for path in paths:
+        if not overwrite and os.path.lexists(path):
+            raise UserError(
+                f"{path}: is there already; give --overwrite to replace it, or choose another output", exit_code=2
+            )
+
+
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **open_arguments):
     """Write to a temporary file beside `path`; fsync and rename it to `path` only if the block ends without error.
 
-    A crash, a full disk or Ctrl-C leaves the previous `path` (or none) untouched and removes the temporary file;
-    after kill -9 the leftover is named `<name>.tmp-<pid>` and never mistaken for a result.
+    A crash, a full disk or Ctrl-C leaves the previous `path` (or none) untouched and removes the temporary file; what
+    kill -9 leaves is never mistaken for a result, and goes when `path` is written again. A link stays one: the file it
+    points to is replaced. Raises UserError for a path that is no file: a folder, a device, links in a circle.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise UserError(f"{path}: is not a regular file (a folder, a device or links in a circle); choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
+    temporary = unfinished(target)
     try:
         with open(temporary, mode, **open_arguments) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    sync_directory(target.parent)
+
+
+def unfinished(path):
+    """Where to write what becomes `path` once it is complete: a name that tells which process of which host does so."""
+    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+
+
+def remove_abandoned(directory, pattern):
+    """Remove the `unfinished` files and folders that match the glob and that nobody will complete: their process was
+    of this host and is dead, or (another host cannot be asked) nobody has written to them for a day."""
+    for path in directory.glob(pattern):
+        owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d{{1,9}})-", path.name)
+        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+            last_write = max(file.stat().st_mtime for file in [path, *(path.iterdir() if path.is_dir() else ())])
+            if (owner and not psutil.pid_exists(int(owner[1]))) or time.time() - last_write > ABANDONED_AFTER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync_directory(directory):

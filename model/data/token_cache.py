@@ -11,31 +11,28 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from model.data.conversations import BadRow, fit_turns, training_conversation
 from model.data.rows import RowReport, iter_records
 from model.errors import FULL_DISK, UserError, tell
-from model.files import atomic_write, sync_directory
+from model.files import atomic_write, remove_abandoned, sync_directory, unfinished
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
 
 FORMAT_VERSION = 2
 FINGERPRINT_DIGITS = 20
+ANY_FINGERPRINT = "[0-9a-f]" * FINGERPRINT_DIGITS  # as a glob
 BLOCK_CHARACTERS = 1 << 20  # enough texts for every core, yet their encodings stay far below 1 GB
 PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several cores,
 LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
-LEFTOVER_SECONDS = 24 * 3600
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -207,18 +204,10 @@ def _lock(directory):
         return contextlib.nullcontext()
 
 
-def _abandoned(folder):
-    """Whether the process of this host that an unfinished folder is named after is dead, or nobody wrote for a day."""
-    owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-", folder.name)
-    dead = owner and not psutil.pid_exists(int(owner[1]))
-    return dead or time.time() - max(file.stat().st_mtime for file in [folder, *folder.iterdir()]) > LEFTOVER_SECONDS
-
-
 def _build(path, stamp, tokenizer, encoding, folder):
     """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
-    for leftover in filter(_abandoned, folder.parent.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+    remove_abandoned(folder.parent, f"*-{ANY_FINGERPRINT}.tmp-*")
+    temporary = unfinished(folder)
     temporary.mkdir()
     try:
         description = _write_arrays(path, tokenizer, encoding, temporary)
