@@ -26,7 +26,7 @@ import psutil
 from tqdm import tqdm
 
 from model.data.conversations import BadRow
-from model.data.deduplication import DuplicateFilter, band_shape, minhash_bands
+from model.data.deduplication import DuplicateFilter, minhash_signatures, rows_per_band
 from model.data.filters import DROP_RULES, Dropped, chinese_share
 from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
 from model.errors import UserError
@@ -125,12 +125,12 @@ class Converted(NamedTuple):
     payloads: list
     outputs: np.ndarray
     digests: np.ndarray | None
-    bands: np.ndarray | None
+    signatures: tuple | None
     memory: dict
 
 
-def convert_block(block, rules, dedup, near_bands):
-    """Parse and filter the rows of `block`. `near_bands` is (bands, rows per band) of the MinHash signatures or None."""
+def convert_block(block, rules, dedup, near_rows):
+    """Parse and filter the rows of `block`. `near_rows` are the values in a band of the MinHash signatures, or None."""
     kept, dropped, bad = [], collections.Counter(), list(block.problems)
     read, blank = len(bad), 0
     for number, row in rows_of(block):
@@ -147,14 +147,15 @@ def convert_block(block, rules, dedup, near_bands):
     if rules.min_chinese > 0:
         kept = drop_foreign(kept, rules.min_chinese, dropped)
     payloads, outputs = [row.payload for row in kept], np.array([row.output for row in kept], dtype=np.int8)
-    digests = bands = None
+    digests = signatures = None
     if dedup:
         joined = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
         digests = np.frombuffer(joined, dtype=np.uint64)
-    if near_bands:
-        bands = minhash_bands([row.text for row in kept], *near_bands)
+    if near_rows:
+        signatures = minhash_signatures([row.text for row in kept], near_rows)
     memory = {os.getpid(): peak_memory()}
-    return Converted(block.path, len(block.data), read, blank, dropped, bad, payloads, outputs, digests, bands, memory)
+    counts = read, blank, dropped, bad
+    return Converted(block.path, len(block.data), *counts, payloads, outputs, digests, signatures, memory)
 
 
 def rows_of(block):
@@ -271,9 +272,9 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
     size = sum(path.stat().st_size for path in inputs if path.is_file())
     report = CorpusReport(inputs, outputs, workers if size >= PARALLEL_FROM_BYTES else 1)
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
-    near_bands = band_shape(near_threshold) if near_threshold else None
-    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_bands=near_bands)
-    duplicates = DuplicateFilter(dedup, near_bands)
+    near_rows = rows_per_band(near_threshold) if near_threshold else None
+    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_rows=near_rows)
+    duplicates = DuplicateFilter(dedup, near_threshold)
     try:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None))
