@@ -63,12 +63,10 @@ def expand_paths(patterns):
 
 
 def refuse_existing(paths, overwrite):
-    """Raise UserError (exit code 2) for the first of `paths` that is there already, unless `overwrite`."""
+    """Raise UserError for the first of `paths` that is there already, unless `overwrite`."""
     for path in paths:
         if not overwrite and os.path.lexists(path):
-            raise UserError(
-                f"{path}: is there already; give --overwrite to replace it, or choose another output", exit_code=2
-            )
+            raise UserError(f"{path}: is there already; give --overwrite to replace it, or choose another output")
 
 
 @contextlib.contextmanager

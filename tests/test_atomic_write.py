@@ -121,6 +121,5 @@ def test_existing_files_are_refused_unless_overwritten(tmp_path):
     refuse_existing([tmp_path / "b"], overwrite=False)
     refuse_existing([tmp_path / "a", tmp_path / "dangling"], overwrite=True)
     for name in ("a", "dangling"):
-        with pytest.raises(UserError, match=f"{tmp_path}/{name}: is there already.*--overwrite") as caught:
+        with pytest.raises(UserError, match=f"{tmp_path}/{name}: is there already.*--overwrite"):
             refuse_existing([tmp_path / "b", tmp_path / name], overwrite=False)
-        assert caught.value.exit_code == 2

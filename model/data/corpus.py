@@ -30,7 +30,7 @@ from model.data.deduplication import DuplicateFilter, minhash_signatures, rows_p
 from model.data.filters import DROP_RULES, Dropped, chinese_share
 from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
 from model.errors import UserError
-from model.files import atomic_write, open_binary
+from model.files import atomic_write, open_binary, refuse_existing
 from model.memory import peak_memory
 
 BLOCK_BYTES = 1 << 20
@@ -251,24 +251,35 @@ class CorpusReport(RowReport):
         raise UserError(f"none of the {self.rows:,} rows read was kept, nothing written; mostly {cause}")
 
 
+def check_outputs(inputs, outputs, suffix, report=None, overwrite=False):
+    """Raise UserError for `outputs` or a file for the `report` that must not be written: an input, two in
+    one place, another name than *`suffix`, and what is there already, unless `overwrite`."""
+    written = [*outputs, report] if report else outputs
+    sources, targets = (list(map(os.path.realpath, paths)) for paths in (inputs, written))
+    for path, target in zip(written, targets):
+        if target in sources:
+            raise UserError(f"{path}: is both input and output; choose another output")
+        if targets.count(target) > 1:
+            raise UserError(f"{path}: is given for two different outputs; choose another for one of them")
+    for path in outputs:
+        if Path(path).suffix != suffix:
+            raise UserError(f"{path}: the name must end in {suffix}, which is what will be in it")
+    refuse_existing(written, overwrite)
+
+
 def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, workers=1, description=None):
     """Convert the files `inputs` to the files `outputs` (one per frame of `rules`) and return the CorpusReport.
 
     near_threshold: Jaccard similarity of character 5-grams above which a document is a near duplicate; None: keep them.
     workers: processes that parse and filter; the output is the same for any number.
     description: label of the progress bar. Unreadable rows go to "<first output>.bad_lines.txt".
-    An existing output that no row is for is left as it was: corpora of one kind each are run one after the other.
+    Existing outputs are replaced (check_outputs asks first); one that no row is for is left as it was: corpora of one
+    kind each are run one after the other.
     Raises UserError when an input cannot be read, nothing is left to write, or the disk is full; `outputs` then stay
     as they were.
     """
     started = time.perf_counter()
     inputs, outputs = list(map(Path, inputs)), list(map(Path, outputs))
-    sources, targets = ([path.resolve() for path in paths] for paths in (inputs, outputs))
-    for path, target in zip(outputs, targets):
-        if target in sources:
-            raise UserError(f"{path}: is both input and output; choose another output")
-        if targets.count(target) > 1:
-            raise UserError(f"{path}: is given for two different outputs; choose another for one of them")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
     report = CorpusReport(inputs, outputs, workers if size >= PARALLEL_FROM_BYTES else 1)
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
