@@ -186,7 +186,9 @@ def test_a_tokenizer_that_is_there_stays_unless_overwritten(tmp_path):
     """Checkpoints need the one they were trained with; the shipped one is where --output_dir points by default."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in sentences(200)])
     shipped = contents(DEFAULT_TOKENIZER_PATH)
-    assert_one_line_error(train("--data_path", path), DEFAULT_TOKENIZER_PATH / "tokenizer.json", "--overwrite")
+    (tmp_path / "empty.jsonl").touch()  # were it not refused, nothing would come of it
+    process = train("--data_path", tmp_path / "empty.jsonl")
+    assert_one_line_error(process, DEFAULT_TOKENIZER_PATH / "tokenizer.json", "--overwrite")
     assert contents(DEFAULT_TOKENIZER_PATH) == shipped
     shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / "own")
     own = "--data_path", path, "--output_dir", tmp_path / "own"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import socket
 import subprocess
 import sys
@@ -305,6 +306,19 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
     with pytest.raises(UserError, match=f"{word}.*--cache_dir"):
         open_pretrain(path, tmp_path / "elsewhere")
     assert entries(tmp_path / "elsewhere") == []
+
+
+def test_a_full_disk_while_tokenising_ends_in_one_line(tmp_path):
+    """A limit of the size of files stands for the end of the disk."""
+    path = write_csv(tmp_path / "a.csv", ["text"], [[f"{number}山高水长"] for number in range(40_000)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the token cache.*free some space"):
+            open_pretrain(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert entries(tmp_path / ".cache") == []
 
 
 def test_a_file_that_changes_while_another_process_is_waited_for(tmp_path, monkeypatch):
