@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -150,6 +151,17 @@ def test_flags_decide_what_is_kept(tmp_path):
     assert [row["text"] for row in rows_of(tmp_path / "out.csv")] == ["天地玄黄，宇宙洪荒。" * 3, "天地"], (
         process.stderr
     )
+
+
+def test_the_threshold_of_near_duplicates_is_a_flag(tmp_path):
+    """Two texts of 596 runs of five characters, of which 491 are common: a Jaccard similarity of 491 / 701 = 0.70."""
+    chance = random.Random(0)
+    text = "".join(chr(chance.randint(0x4E00, 0x9FA0)) for _ in range(705))
+    source = write_jsonl(tmp_path / "raw.jsonl", [{"text": text[:600]}, {"text": text[105:]}, {"text": text[:600]}])
+    for flags, kept in (([], 2), (["0.6"], 1), (["0.8"], 2)):
+        near = ["--near_dedup", "--near_dedup_threshold", *flags] if flags else []
+        process = pretrain(tmp_path, "--data_path", source, "--overwrite", *near)
+        assert process.returncode == 0 and len(rows_of(tmp_path / "out.csv")) == kept, process.stderr
 
 
 def test_demo_builds_the_files_of_every_stage(tmp_path):

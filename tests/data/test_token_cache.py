@@ -123,6 +123,7 @@ def test_a_cache_in_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    monkeypatch.setattr("os.utime", denied)  # it cannot be marked as used either
     assert open_pretrain(path).folder == first
 
 
@@ -157,6 +158,32 @@ def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert open_pretrain(path).folder != first
     assert documents(open_pretrain(path))[0][1:-1] == encode_text(TOKENIZER, "bbbb")
+
+
+def test_another_tokenizer_with_the_same_control_tokens_finds_no_cache(tmp_path, small_tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["北京"]])
+    assert PretrainEncoding(small_tokenizer).format == PretrainEncoding(TOKENIZER).format
+    first, other = open_pretrain(path), open_token_cache(path, small_tokenizer, PretrainEncoding(small_tokenizer))
+    assert other.fingerprint != first.fingerprint
+    assert [documents(cache)[0][1:-1] for cache in (first, other)] == [
+        encode_text(tokenizer, "北京") for tokenizer in (TOKENIZER, small_tokenizer)
+    ]
+
+
+def test_a_cache_of_another_format_is_not_found(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    first = open_pretrain(path).folder
+    monkeypatch.setattr("model.data.token_cache.FORMAT_VERSION", token_cache.FORMAT_VERSION - 1)
+    assert open_pretrain(path).folder != first
+
+
+def test_the_kind_of_file_decides_how_it_is_read(tmp_path):
+    """The same bytes, as .csv and as .jsonl."""
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "雪"}\n')
+    assert documents(open_pretrain(tmp_path / "a.jsonl")) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
+    with pytest.raises(UserError, match="a.csv: no column 'text'"):
+        open_pretrain(tmp_path / "a.csv")
 
 
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
