@@ -38,6 +38,7 @@ PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several
 LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP)
+UNUSABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -150,10 +151,8 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     path = Path(path)
     if not path.is_file():
         problem = "is no file" if path.exists() else "no such file"
-        make = (
-            f"python data_process.py {encoding.kind} makes it of a raw corpus, python data_process.py demo of nothing"
-        )
-        raise UserError(f"{path}: {problem}; {make}; --data_path names another")
+        make = f"python data_process.py {encoding.kind} (of a raw corpus) or python data_process.py demo"
+        raise UserError(f"{path}: {problem}; make it with {make}, or name another with --data_path")
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
     words = tokenizer_hash(tokenizer)
 
@@ -196,13 +195,9 @@ def content_hash(path, cache_dir, read=True):
     with open(path, "rb") as handle:
         digest = hashlib.file_digest(handle, "blake2b").hexdigest()
     if settled:
-        with contextlib.suppress(OSError), atomic_write(memory) as handle:
+        with contextlib.suppress(OSError, UserError), atomic_write(memory) as handle:
             handle.write(json.dumps({**hashes, key: [stamp, digest]}, indent=1).encode())
     return stamp, digest
-
-
-NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-UNUSABLE = (*NOT_THERE, ValueError, KeyError, TypeError, RecursionError)
 
 
 def _finished(folder):

@@ -101,6 +101,11 @@ def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypa
         memory.write_text(damage)
         hashed.clear()
         assert [open_pretrain(path).folder for _ in range(2)] == folders[:2] and len(hashed) == 1
+    memory.unlink()
+    memory.mkdir()
+    assert open_pretrain(path).folder == folders[0]
+    memory.rmdir()
+    assert open_pretrain(path).folder == folders[0]
     other = settled(write_csv(tmp_path / "b.csv", ["text"], [["山"]]))
     assert open_pretrain(other).folder != folders[0]
     hashed.clear()
@@ -306,7 +311,7 @@ def test_a_data_file_that_is_not_there_is_to_be_made(tmp_path, name, encoding):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "circle.csv").symlink_to("circle.csv")
     problem = "is no file" if name == "folder.csv" else "no such file"
-    make = f"python data_process.py {encoding.kind} .*python data_process.py demo .*--data_path"
+    make = f"make it with python data_process.py {encoding.kind} .*python data_process.py demo, .*--data_path"
     with pytest.raises(UserError, match=f"^{tmp_path}/{name}: {problem}; {make}"):
         open_token_cache(tmp_path / name, TOKENIZER, encoding)
 
