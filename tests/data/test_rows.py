@@ -267,6 +267,28 @@ def test_raw_rows_in_the_place_of_conversations_are_sent_to_data_process(tmp_pat
         assert "data_process" not in str(caught.value)
 
 
+def test_a_bad_row_behind_good_ones_never_ends_a_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 999 + "{\n" + '{"text": "b"}\n' * 9)
+    records, report = read(path, ("text",))
+    assert len(records) == 1008 and report.places == {"not JSON": [f"{path}:1000"]}
+
+
+def test_a_report_comes_back_from_its_values_and_from_no_others():
+    report = RowReport()
+    report.rows, report.bytes_read = 9, 99
+    report.drop("empty", "a:1")
+    report.note("cut")
+    values = json.loads(json.dumps(report.to_dict()))
+    assert RowReport.from_dict(values).summary() == report.summary() and RowReport.from_dict(values).kept == 8
+    for name, wrong in [("rows", "9"), ("bytes_read", None), ("dropped", {"a": 1.5}), ("notes", ["a"]), ("notes", {"a": True}),
+                        ("places", []), ("places", {"a": 5}), ("places", {"a": [5]})]:  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            RowReport.from_dict({**values, name: wrong})
+    with pytest.raises(KeyError):
+        RowReport.from_dict({})
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         list(iter_records(tmp_path / "none.csv", ("text",)))
