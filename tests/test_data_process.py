@@ -191,8 +191,9 @@ def test_demo_replaces_its_own_files_and_no_others(tmp_path):
     assert_one_line_error(demo(), own, "not made by the demo", "--output_dir", "--overwrite")
     assert own.read_text() == "history,q,a\n[],my,own\n" and list(tmp_path.iterdir()) == [own]
     assert demo("--overwrite").returncode == 0 and "my,own" not in own.read_text()
-    again = demo()
-    assert again.returncode == 0, again.stderr
+    before = own.read_bytes()
+    again = demo("--seed", "1")
+    assert again.returncode == 0 and own.read_bytes() != before, again.stderr
     shutil.rmtree(tmp_path / "raw/demo_copies")
     assert_one_line_error(demo(), tmp_path / "pretrain_data.csv", "--overwrite")
     assert demo("--overwrite").returncode == 0
@@ -421,6 +422,7 @@ def members(group):
 
 def test_kill_leaves_no_result_and_no_process(tmp_path, large_file):
     process = start(tmp_path, large_file)
+    assert len(members(process.pid)) >= 3  # itself and two workers
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()

@@ -94,6 +94,15 @@ def test_the_split_is_seeded_by_document_and_loses_nothing(tmp_path):
     assert whole.num_documents == 50 and len(nothing) == 0
 
 
+@pytest.mark.parametrize(
+    "count, share, held_out", [(50, 0.001, 1), (3, 0.99, 2), (2, 0.5, 1), (1, 0.5, 0), (40, 0.1, 4)]
+)
+def test_something_is_held_out_and_something_left(tmp_path, count, share, held_out):
+    path = write_csv(tmp_path / "a.csv", ["text"], [[f"document {number}"] for number in range(count)])
+    train, validation = open_pretrain_data(path, TOKENIZER, 4, validation_share=share)
+    assert (train.num_documents, validation.num_documents) == (count - held_out, held_out)
+
+
 @pytest.mark.parametrize("max_seq_len", [1, 100])
 def test_max_seq_len_beyond_the_tokens_is_refused(tmp_path, max_seq_len):
     path = write_csv(tmp_path / "a.csv", ["text"], [["short"]])

@@ -110,8 +110,13 @@ def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypa
     assert open_pretrain(other).folder != folders[0]
     hashed.clear()
     assert open_pretrain(path).folder == folders[0] and open_pretrain(other) and not hashed
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.utime(other, ns=times)
     os.replace(other, path)  # same size and mtime, another inode
     assert open_pretrain(path).folder != folders[0] and len(hashed) == 1
+    path.write_bytes(path.read_bytes().replace("山".encode(), "雪".encode()))
+    os.utime(path, ns=times)  # the same inode too
+    assert open_pretrain(path).folder == folders[0] and len(hashed) == 2
 
 
 def test_the_hash_of_a_file_written_just_now_is_not_remembered(tmp_path):
