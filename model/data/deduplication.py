@@ -15,7 +15,7 @@ MINHASH_SEED = 42
 SIGNATURE_VALUES = 512
 BANDS = 16
 CANDIDATES_OF_A_BAND = 32  # in each run of entries: boilerplate of thousands must not be compared with all of them
-PAIRS_AT_ONCE = 1 << 16
+DOCUMENTS_AT_ONCE = 512  # bounds the memory that comparing them with their candidates takes
 
 
 def rows_per_band(threshold):
@@ -125,6 +125,11 @@ class NearDuplicates:
     def keep(self, bands, bits):
         """bool [n]: which of the documents with these minhash_signatures are no near duplicate of an earlier kept one,
         of this call or a previous one; those are kept too."""
+        starts = range(0, max(1, len(bands)), DOCUMENTS_AT_ONCE)
+        parts = [slice(start, start + DOCUMENTS_AT_ONCE) for start in starts]
+        return np.concatenate([self.keep_some(bands[part], bits[part]) for part in parts])
+
+    def keep_some(self, bands, bits):
         new = np.ones(len(bands), dtype=bool)
         if self.count + len(bits) > len(self.bits):
             self.bits.resize((len(self.bits) * 9 // 8 + len(bits), bits.shape[1]), refcheck=False)
@@ -154,11 +159,9 @@ class NearDuplicates:
             pairs.append(documents << np.uint64(32) | run[places] & self.DOCUMENT)
         pairs = np.unique(np.concatenate(pairs))
         documents, others = (pairs >> np.uint64(32)).astype(np.int64), (pairs & self.DOCUMENT).astype(np.int64)
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            one, other = documents[start : start + PAIRS_AT_ONCE], others[start : start + PAIRS_AT_ONCE]
-            differing = np.bitwise_count(self.bits[one] ^ self.bits[other]).sum(axis=1, dtype=np.int64)
-            similar = differing <= self.most_differing
-            yield from zip(one[similar].tolist(), other[similar].tolist())
+        differing = np.bitwise_count(self.bits[documents] ^ self.bits[others]).sum(axis=1, dtype=np.int64)
+        similar = differing <= self.most_differing
+        return zip(documents[similar].tolist(), others[similar].tolist())
 
 
 class DuplicateFilter:
