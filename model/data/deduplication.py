@@ -41,7 +41,7 @@ def minhash_signatures(texts, rows):
     bands = np.broadcast_to(np.arange(1, BANDS + 1, dtype=np.uint64), (len(texts), BANDS))
     for row in range(rows):
         bands = mix(bands ^ values[:, row * BANDS : (row + 1) * BANDS])
-    return bands, np.packbits(mix(values).astype(np.uint8) & 1, axis=1).view(np.uint64)
+    return bands, np.packbits(values.astype(np.uint8) & 1, axis=1).view(np.uint64)
 
 
 def shingle_hashes(text):

@@ -122,6 +122,8 @@ def test_documents_stay_whole_unless_a_limit_drops_them(tmp_path):
     assert texts_of(tmp_path / "out.csv") == [document, "短文也要留下。"]
     report = process_corpus([source], [tmp_path / "out.csv"], PretrainRules(max_chars=len(document) - 1))
     assert texts_of(tmp_path / "out.csv") == ["短文也要留下。"] and report.dropped["max_chars"] == 1
+    process_corpus([source], [tmp_path / "out.csv"], PretrainRules(max_chars=len(document)))
+    assert texts_of(tmp_path / "out.csv") == [document, "短文也要留下。"]
 
 
 # ---------------------------------------------------------------------------------------------------------- schemas

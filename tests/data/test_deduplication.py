@@ -85,6 +85,17 @@ def test_near_duplicates_are_those_of_the_threshold(similarity, least, most):
     assert least <= 1 - near.keep(*signatures[1]).mean() <= most
 
 
+@pytest.mark.parametrize("similarity, rows", [(0.69, 6), (0.82, 6), (0.82, 14)])
+def test_bands_and_bits_agree_as_often_as_the_similarity_says(similarity, rows):
+    """A band of r values in a share s ** r of the cases, a bit where the value does and in half of the other cases."""
+    pairs = pairs_of_similarity(similarity, 400)
+    first, second = (minhash_signatures([text.encode() for text in texts], rows) for texts in zip(*pairs))
+    assert (first[0] == second[0]).mean() == pytest.approx(similarity**rows, abs=0.02)
+    bits = [np.unpackbits(signature[1].view(np.uint8), axis=1) for signature in (first, second)]
+    assert (bits[0] == bits[1]).mean() == pytest.approx((1 + similarity) / 2, abs=0.01)
+    assert bits[0].mean() == pytest.approx(0.5, abs=0.01)
+
+
 FRESH = itertools.count(1000)
 
 
