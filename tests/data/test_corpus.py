@@ -46,6 +46,9 @@ NASTY = [
 ]
 
 
+csv.field_size_limit(1 << 28)
+
+
 def read_csv(data):
     return list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
 
