@@ -1,13 +1,15 @@
 """Train the tokenizer: text in, the folder model/minimind_tokenizer/ out (byte-level BPE, 6400 words).
 
-    python train_tokenizer.py --data_path dataset/pretrain_data.csv dataset/sft_data.csv
+    python train_tokenizer.py --data_path dataset/pretrain_data.csv dataset/sft_data.csv --output_dir out/my_tokenizer
 
+A tokenizer that is there already, such as the shipped one, is replaced only with --overwrite: every checkpoint needs the
+one it was trained with. The stages take another one with --tokenizer_path.
 Ids 0, 1, 2 are <unk>, <s>, </s>; how the other words are chosen is told in model/data/tokenizer_training.py.
 
 The folder the project ships was trained with (data/ holds rows with a "source"; those named last may not be used):
     python train_tokenizer.py --data_path "data/pretrain_zh_open-*.jsonl.xz" data/sft_zh.jsonl.gz \\
         --max_chars 42000000 --group_field source --exclude_groups carbonz0/ hikariming/ nlpdata/c3 AndrewZhe/ \\
-        hiyouga/ "shibing624/MedicalGPT sharegpt" LianjiaTech/BELLE OpenLMLab/MOSS yangjianxin1/Firefly
+        hiyouga/ "shibing624/MedicalGPT sharegpt" LianjiaTech/BELLE OpenLMLab/MOSS yangjianxin1/Firefly --overwrite
 """
 
 import signal
@@ -34,6 +36,7 @@ def parse_arguments():
     parser.add_argument(
         "--output_dir", default=str(DEFAULT_TOKENIZER_PATH), help="folder to write (default: model/minimind_tokenizer)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --output_dir")
     parser.add_argument("--vocab_size", type=positive_int, default=6400, help="number of words (default: %(default)s)")
     parser.add_argument(
         "--max_chars",
@@ -58,6 +61,8 @@ def parse_arguments():
     args.data_path = args.data_path or [path for path in DEFAULT_INPUTS if Path(path).exists()][:1]
     if not args.data_path:
         raise UserError(f"none of {', '.join(DEFAULT_INPUTS)} exists: name text with --data_path")
+    if not args.overwrite and (there := Path(args.output_dir, "tokenizer.json")).exists():
+        raise UserError(f"{there}: is there already; name another folder with --output_dir, or give --overwrite")
     return args
 
 

@@ -64,6 +64,7 @@ def run(source, directory, flags):
         source,
         "--output",
         directory / "out.csv",
+        "--overwrite",
     ]
     subprocess.run([*command, "--report", report, *flags], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -7,9 +7,14 @@ import glob
 import gzip
 import lzma
 import os
+import re
+import shutil
+import socket
+import time
 import zlib
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from model.errors import UserError
@@ -21,8 +26,9 @@ except ImportError:
 
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
-NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR)
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+ABANDONED_AFTER = 24 * 3600  # seconds without a write
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
 
@@ -60,21 +66,34 @@ def expand_paths(patterns):
     return list(paths)
 
 
+def refuse_existing(paths, overwrite):
+    """Raise UserError for the first of `paths` that is there already, unless `overwrite`."""
+    for path in paths:
+        if not overwrite and os.path.lexists(path):
+            raise UserError(f"{path}: is there already; give --overwrite to replace it, or choose another output")
+
+
 @contextlib.contextmanager
 def atomic_files():
     """A context that gives create(path, mode, **open_arguments) -> handle: each handle writes to a temporary file beside
     `path`. If the block ends without error all of them are fsynced, and only then renamed, in the order of creation.
 
-    A crash, a full disk or Ctrl-C leaves the previous files (or none) untouched and removes the temporary ones; after
-    kill -9 the leftovers are named `<name>.tmp-<pid>` and never mistaken for a result.
+    A crash, a full disk or Ctrl-C leaves the previous files (or none) untouched and removes the temporary ones; what
+    kill -9 leaves is never mistaken for a result, and goes when the same file is written again. A link stays one: the
+    file it points to is replaced. Raises UserError for a path that is no file: a folder, a device, links in a circle.
     """
     created = []
 
     def create(path, mode="wb", **open_arguments):
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        created.append((open(temporary, mode, **open_arguments), temporary, path))
+        target = Path(os.path.realpath(path))
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            raise UserError(
+                f"{path}: is not a regular file (a folder, a device, links in a circle); choose another name"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
+        temporary = unfinished(target)
+        created.append((open(temporary, mode, **open_arguments), temporary, target))
         return created[-1][0]
 
     try:
@@ -120,6 +139,22 @@ def locked(path, timeout=-1):
         yield
     finally:
         lock.release()
+
+
+def unfinished(path):
+    """Where to write what becomes `path` once it is complete: a name that tells which process of which host does so."""
+    return path.with_name(f"{path.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+
+
+def remove_abandoned(directory, pattern):
+    """Remove the `unfinished` files and folders that match the glob and that nobody will complete: their process was
+    of this host and is dead, or (another host cannot be asked) nobody has written to them for a day."""
+    for path in directory.glob(pattern):
+        owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d{{1,9}})-", path.name)
+        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+            last_write = max(file.stat().st_mtime for file in [path, *(path.iterdir() if path.is_dir() else ())])
+            if (owner and not psutil.pid_exists(int(owner[1]))) or time.time() - last_write > ABANDONED_AFTER:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync_directory(directory):

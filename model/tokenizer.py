@@ -115,7 +115,8 @@ def encode_texts(tokenizer, texts):
 def render_conversation(tokenizer, messages, add_generation_prompt=False, last_turn_only=False):
     """Encode a conversation, a list of {"role", "content"} -> (ids, mask), two lists of the same length.
 
-    `mask` is 1 on the content and the `</s>` of every assistant turn (with last_turn_only: of the last one), else 0.
+    `mask` is 1 on the content and the `</s>` of every assistant turn that is not blank (with last_turn_only: of the last
+    one, if it is not), else 0.
     `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
     without a known role or without text.
     """
@@ -130,18 +131,26 @@ def render_conversation(tokenizer, messages, add_generation_prompt=False, last_t
 def join_turns(tokenizer, turns):
     """(ids, mask) of a conversation [(role, ids of the content), ...].
 
-    mask: bytearray, 1 on the content and the `</s>` of every assistant turn but the last, 2 there on the last, else 0.
+    mask: bytearray, 1 on the content and the `</s>` of every assistant turn but the last, 2 there on the last, else 0. A
+    blank answer is no target: it would teach to say nothing.
     """
     derived, roles = _derived(tokenizer), [role for role, _ in turns]
     last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else None
     ids, mask = [], bytearray()
     for index, (role, content) in enumerate(turns):
-        header, supervised = derived.headers[role], (role == "assistant") + (index == last)
+        header, supervised = derived.headers[role], 0
+        if role == "assistant" and not _is_blank(tokenizer, content):
+            supervised = 2 if index == last else 1
         ids += header
         ids += content
         ids += derived.tail
         mask += bytes(len(header)) + bytes([supervised]) * (len(content) + 1) + bytes(len(derived.tail) - 1)
     return ids, mask
+
+
+def _is_blank(tokenizer, ids):
+    pieces = token_bytes(tokenizer)
+    return not b"".join([pieces[token_id] for token_id in ids]).decode("utf-8", "replace").strip()
 
 
 def _checked_content(message):

@@ -176,6 +176,7 @@ def test_rendering_is_exact_and_supervises_exactly_the_answers(messages, generat
         header = [START, *encode_text(TOKENIZER, message["role"] + "\n")]
         content = [*encode_text(TOKENIZER, message["content"]), END]
         learned = index == answers[-1] if last_turn_only and answers else message["role"] == "assistant"
+        learned = learned and message["content"].strip() != ""  # a blank answer would teach to say nothing
         expected_ids += header + content + NEWLINE
         expected_mask += [0] * len(header) + [int(learned)] * len(content) + [0]
     if generation_prompt:
@@ -222,6 +223,16 @@ def test_bad_messages_are_refused(message):
         render_conversation(TOKENIZER, [message])
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\u3000\u2028\t"])
+def test_a_blank_answer_is_no_target(blank):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": blank}] * 2
+    assert not any(render_conversation(TOKENIZER, messages)[1])
+    messages[3] = {"role": "assistant", "content": f"{blank}好"}
+    for last_turn_only in (False, True):
+        ids, mask = render_conversation(TOKENIZER, messages, last_turn_only=last_turn_only)
+        assert TOKENIZER.decode([token_id for token_id, chosen in zip(ids, mask) if chosen]) == f"{blank}好</s>"
+
+
 def test_template_refuses_unknown_roles():
     with pytest.raises(Exception, match="unknown role tool"):
         TOKENIZER.apply_chat_template([{"role": "tool", "content": "x"}])
@@ -243,13 +254,23 @@ def test_hash_names_the_ids(tmp_path):
     assert render_conversation(again, [{"role": "user", "content": "<s>"}]) == render_conversation(
         TOKENIZER, [{"role": "user", "content": "<s>"}]
     )
-    shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / "changed")
-    file = tmp_path / "changed" / "tokenizer.json"
-    definition = json.loads(file.read_text())
-    merges = definition["model"]["merges"]
-    merges[-1], merges[-2] = merges[-2], merges[-1]
-    file.write_text(json.dumps(definition))
-    assert tokenizer_hash(load_tokenizer(tmp_path / "changed")) != tokenizer_hash(TOKENIZER)
+    hashes = {tokenizer_hash(TOKENIZER)}
+    for part in ("merges", "normalizer", "pre_tokenizer", "vocabulary"):
+        shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / part)
+        file = tmp_path / part / "tokenizer.json"
+        definition = json.loads(file.read_text())
+        merges, words = definition["model"]["merges"], definition["model"]["vocab"]
+        if part == "merges":
+            merges[-1], merges[-2] = merges[-2], merges[-1]
+        elif part == "normalizer":
+            definition["normalizer"] = {"type": "NFKC"}
+        elif part == "pre_tokenizer":
+            del definition["pre_tokenizer"]["pretokenizers"][1]
+        else:
+            words["0"], words["1"] = words["1"], words["0"]
+        file.write_text(json.dumps(definition))
+        hashes.add(tokenizer_hash(load_tokenizer(tmp_path / part)))
+    assert len(hashes) == 5
 
 
 def test_missing_and_broken_folders(tmp_path):

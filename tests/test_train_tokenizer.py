@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ from conftest import assert_one_line_error, run_script
 from model.data.rows import RowReport
 from model.data.tokenizer_training import fair_shares, iter_documents, sample_documents
 from model.tokenizer import (
+    DEFAULT_TOKENIZER_PATH,
     SPECIAL_TOKENS,
     encode_text,
     load_tokenizer,
@@ -154,8 +156,9 @@ def test_groups_by_field_can_be_left_out(tmp_path):
     process = train(*by_source, "--output_dir", tmp_path / "out")
     assert "1 groups excluded" in process.stdout
     assert len(encode_text(load_tokenizer(tmp_path / "out"), "禁用")) > 2
-    assert_one_line_error(train(*by_source, "good"), path, "--exclude_groups")
-    assert_one_line_error(train("--data_path", path, "--group_field", "origin"), path, "no field 'origin'")
+    other = "--output_dir", tmp_path / "other"
+    assert_one_line_error(train(*by_source, "good", *other), path, "--exclude_groups")
+    assert_one_line_error(train("--data_path", path, "--group_field", "origin", *other), path, "no field 'origin'")
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,27 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, name, content, parts
     process = train("--data_path", tmp_path / name, "--output_dir", tmp_path / "out")
     assert_one_line_error(process, *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_there_stays_unless_overwritten(tmp_path):
+    """Checkpoints need the one they were trained with; the shipped one is where --output_dir points by default."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in sentences(200)])
+    shipped = contents(DEFAULT_TOKENIZER_PATH)
+    (tmp_path / "empty.jsonl").touch()  # were it not refused, nothing would come of it
+    process = train("--data_path", tmp_path / "empty.jsonl")
+    assert_one_line_error(process, DEFAULT_TOKENIZER_PATH / "tokenizer.json", "--overwrite")
+    assert contents(DEFAULT_TOKENIZER_PATH) == shipped
+    shutil.copytree(DEFAULT_TOKENIZER_PATH, tmp_path / "own")
+    own = "--data_path", path, "--output_dir", tmp_path / "own"
+    assert_one_line_error(
+        train(*own), tmp_path / "own/tokenizer.json", "is there already", "--output_dir", "--overwrite"
+    )
+    assert contents(tmp_path / "own") == shipped
+    assert train(*own, "--overwrite").returncode == 0 and len(load_tokenizer(tmp_path / "own")) == 700
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_wrong_usage():

@@ -26,11 +26,11 @@ import psutil
 from tqdm import tqdm
 
 from model.data.conversations import BadRow
-from model.data.deduplication import DuplicateFilter, band_shape, minhash_bands
+from model.data.deduplication import DuplicateFilter, minhash_signatures, rows_per_band
 from model.data.filters import DROP_RULES, Dropped, chinese_share
 from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
 from model.errors import UserError
-from model.files import atomic_write, open_binary
+from model.files import atomic_write, open_binary, refuse_existing
 from model.memory import peak_memory
 
 BLOCK_BYTES = 1 << 20
@@ -125,12 +125,12 @@ class Converted(NamedTuple):
     payloads: list
     outputs: np.ndarray
     digests: np.ndarray | None
-    bands: np.ndarray | None
+    signatures: tuple | None
     memory: dict
 
 
-def convert_block(block, rules, dedup, near_bands):
-    """Parse and filter the rows of `block`. `near_bands` is (bands, rows per band) of the MinHash signatures or None."""
+def convert_block(block, rules, dedup, near_rows):
+    """Parse and filter the rows of `block`. `near_rows` are the values in a band of the MinHash signatures, or None."""
     kept, dropped, bad = [], collections.Counter(), list(block.problems)
     read, blank = len(bad), 0
     for number, row in rows_of(block):
@@ -147,14 +147,15 @@ def convert_block(block, rules, dedup, near_bands):
     if rules.min_chinese > 0:
         kept = drop_foreign(kept, rules.min_chinese, dropped)
     payloads, outputs = [row.payload for row in kept], np.array([row.output for row in kept], dtype=np.int8)
-    digests = bands = None
+    digests = signatures = None
     if dedup:
         joined = b"".join([hashlib.blake2b(payload, digest_size=8).digest() for payload in payloads])
         digests = np.frombuffer(joined, dtype=np.uint64)
-    if near_bands:
-        bands = minhash_bands([row.text for row in kept], *near_bands)
+    if near_rows:
+        signatures = minhash_signatures([row.text for row in kept], near_rows)
     memory = {os.getpid(): peak_memory()}
-    return Converted(block.path, len(block.data), read, blank, dropped, bad, payloads, outputs, digests, bands, memory)
+    counts = read, blank, dropped, bad
+    return Converted(block.path, len(block.data), *counts, payloads, outputs, digests, signatures, memory)
 
 
 def rows_of(block):
@@ -250,30 +251,41 @@ class CorpusReport(RowReport):
         raise UserError(f"none of the {self.rows:,} rows read was kept, nothing written; mostly {cause}")
 
 
+def check_outputs(inputs, outputs, suffix, report=None, overwrite=False):
+    """Raise UserError for `outputs` or a file for the `report` that must not be written: an input, two in
+    one place, another name than *`suffix`, and what is there already, unless `overwrite`."""
+    written = [*outputs, report] if report else outputs
+    sources, targets = (list(map(os.path.realpath, paths)) for paths in (inputs, written))
+    for path, target in zip(written, targets):
+        if target in sources:
+            raise UserError(f"{path}: is both input and output; choose another output")
+        if targets.count(target) > 1:
+            raise UserError(f"{path}: is given for two different outputs; choose another for one of them")
+    for path in outputs:
+        if Path(path).suffix != suffix:
+            raise UserError(f"{path}: the name must end in {suffix}, which is what will be in it")
+    refuse_existing(written, overwrite)
+
+
 def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, workers=1, description=None):
     """Convert the files `inputs` to the files `outputs` (one per frame of `rules`) and return the CorpusReport.
 
     near_threshold: Jaccard similarity of character 5-grams above which a document is a near duplicate; None: keep them.
     workers: processes that parse and filter; the output is the same for any number.
     description: label of the progress bar. Unreadable rows go to "<first output>.bad_lines.txt".
-    An existing output that no row is for is left as it was: corpora of one kind each are run one after the other.
+    Existing outputs are replaced (check_outputs asks first); one that no row is for is left as it was: corpora of one
+    kind each are run one after the other.
     Raises UserError when an input cannot be read, nothing is left to write, or the disk is full; `outputs` then stay
     as they were.
     """
     started = time.perf_counter()
     inputs, outputs = list(map(Path, inputs)), list(map(Path, outputs))
-    sources, targets = ([path.resolve() for path in paths] for paths in (inputs, outputs))
-    for path, target in zip(outputs, targets):
-        if target in sources:
-            raise UserError(f"{path}: is both input and output; choose another output")
-        if targets.count(target) > 1:
-            raise UserError(f"{path}: is given for two different outputs; choose another for one of them")
     size = sum(path.stat().st_size for path in inputs if path.is_file())
     report = CorpusReport(inputs, outputs, workers if size >= PARALLEL_FROM_BYTES else 1)
     bad_lines_path = outputs[0].with_suffix(".bad_lines.txt")
-    near_bands = band_shape(near_threshold) if near_threshold else None
-    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_bands=near_bands)
-    duplicates = DuplicateFilter(dedup, near_bands)
+    near_rows = rows_per_band(near_threshold) if near_threshold else None
+    convert = functools.partial(convert_block, rules=rules, dedup=dedup, near_rows=near_rows)
+    duplicates = DuplicateFilter(dedup, near_threshold)
     try:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(tqdm(total=size, unit="B", unit_scale=True, desc=description, disable=None))

@@ -100,7 +100,7 @@ class PretrainDataset:
 class SFTDataset:
     """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or the last only).
 
-    Indexed as PretrainDataset; a batch is as wide as its longest row, or up to a sixteenth wider (_batch_width).
+    Indexed as PretrainDataset; a batch is as wide as its longest row, or up to a sixteenth wider (batch_width).
     Attributes: lengths (int array, tokens of each row), num_tokens, report (of the whole file), fingerprint.
     """
 
@@ -124,11 +124,11 @@ class SFTDataset:
         labels = np.where(self.cache.mask[positions] >= self.supervised_from, input_ids, IGNORED)
         width = int(lengths.max())
         if len(rows) > 1:
-            width = min(_batch_width(width), int(self.lengths.max()))
+            width = min(batch_width(width), int(self.lengths.max()))
         return _batch(input_ids, labels, lengths, width)
 
 
-def _batch_width(length):
+def batch_width(length):
     """`length` rounded up by at most a sixteenth, to one of sixteen widths per doubling. oneDNN keeps kernels and
     memory for every shape it has met, so hundreds of different widths would fill gigabytes on a CPU."""
     step = max(1, 2 ** (length.bit_length() - 5))

@@ -55,7 +55,10 @@ def csv_field(text):
 
 @dataclasses.dataclass(frozen=True)
 class Rules(Checked):
-    """What all kinds of rows have in common; `convert` makes a Row of a record, or raises BadRow or Dropped."""
+    """What all kinds of rows have in common; `convert` makes a Row of a record, or raises BadRow or Dropped. `suffix` and
+    `frames`: of the files that hold them, what these are called and begin and end with."""
+
+    suffix = ".csv"
 
     min_chars: int = flag(1, "least characters of each question and answer (default: {default})", least=0)
     max_chars: int = flag(2048, "most characters of each question and answer, longer ones are dropped; 0: no limit "
@@ -123,7 +126,7 @@ class ConversationRules(Rules):
 class PreferenceRules(Rules):
     """Preference rows -> a JSON list of {prompt, chosen, rejected}; with a system turn the prompt is a list of messages."""
 
-    frames = ((b"[", b"\n]\n"),)
+    suffix, frames = ".json", ((b"[", b"\n]\n"),)
 
     def convert(self, record):
         messages, chosen, rejected = raw_preference(record)

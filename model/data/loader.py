@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from model.data.dataset import IGNORED
+from model.data.dataset import IGNORED, batch_width
 from model.errors import UserError
 
 GROUPS_SORTED_TOGETHER = 64  # more: less padding; fewer: rows of a batch are more at random
+JITTER = 1 / 32  # of lengths: with 1/16 a set of 3,000 rows has 1.7 % more padding in batches of 64, with 1/32 0.9 %
 
 
 class ResumableSampler:
@@ -30,17 +31,28 @@ class ResumableSampler:
         return -(-self.num_rows // self.rows_per_step)
 
     def order(self, epoch):
-        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by length and cut into
-        groups in random order (an incomplete one last, so that batches and groups stay aligned)."""
+        """int array [num_rows]: every row once. With lengths: stretches of rows are sorted by width and cut into groups
+        in random order (an incomplete one last, so that batches and groups stay aligned)."""
         generator, order = np.random.default_rng((self.seed, 2, epoch)), np.arange(self.num_rows)
         generator.shuffle(order)
         if self.lengths is not None:
             stretch = GROUPS_SORTED_TOGETHER * self.group_size
+            widths = self.jittered_widths(generator, stretch)
             for rows in (order[start : start + stretch] for start in range(0, self.num_rows, stretch)):
-                rows[:] = rows[np.argsort(self.lengths[rows], kind="stable")]
+                rows[:] = rows[np.argsort(widths[rows], kind="stable")]
             whole = self.num_rows // self.group_size * self.group_size
             generator.shuffle(order[:whole].reshape(-1, self.group_size))
         return order
+
+    def jittered_widths(self, generator, stretch):
+        """int array [num_rows]: the width of a batch whose longest row is this one, or a little longer at random.
+
+        Rows of one width are in random order and cost no padding together; the rest makes other rows meet in every
+        epoch where a few stretches hold all of them. (A set of many stretches needs none: each is another sample.)
+        """
+        jitter = JITTER * min(1, stretch / max(1, self.num_rows)) * generator.random(self.num_rows)
+        lengths, places = np.unique((self.lengths * (1 + jitter)).astype(np.int64), return_inverse=True)
+        return np.array([batch_width(length) for length in lengths.tolist()], np.int64)[places]
 
     def batches(self):
         """This rank's row numbers for each micro-batch from the position, which stays, to the end; none at all where

@@ -61,10 +61,14 @@ class RowReport:
 
     @classmethod
     def from_dict(cls, values):
+        """The report that to_dict made `values` of; KeyError, TypeError or ValueError for any others."""
         report = cls()
-        report.rows, report.bytes_read, report.places = values["rows"], values["bytes_read"], values["places"]
-        report.dropped.update(values["dropped"])
-        report.notes.update(values["notes"])
+        report.rows, report.bytes_read, report.places = values["rows"], values["bytes_read"], {**values["places"]}
+        report.dropped, report.notes = (collections.Counter({**values[name]}) for name in ("dropped", "notes"))
+        counts = [report.rows, report.bytes_read, *report.dropped.values(), *report.notes.values()]
+        places = [place for some in report.places.values() for place in [*some]]
+        if not all(type(count) is int for count in counts) or not all(type(place) is str for place in places):
+            raise ValueError("not a report")
         return report
 
 
@@ -230,7 +234,9 @@ def _csv_records(path, report, columns, json_columns, alternative):
         columns = (alternative,)
     for column in columns:
         if column not in header:
-            raise UserError(f"{path}: no column {column!r}; columns found: {', '.join(header)}")
+            raise UserError(
+                f"{path}: no column {column!r}; columns found: {', '.join(header)}{_way_out(header, columns)}"
+            )
     positions = [(column, header.index(column), column in json_columns) for column in columns]
     for place, fields, problem in rows:
         record = {}
@@ -252,12 +258,18 @@ def _jsonl_records(path, report, columns, json_columns, alternative):
         yield place, *((None, problem) if problem else _select(row, columns, json_columns, alternative))
 
 
+def _way_out(found, columns):
+    """What to do where conversations are wanted and a raw corpus (Alpaca, messages) was found, else ""."""
+    raw = "q" in columns and {"instruction", "messages", "output"}.intersection(found)
+    return "; raw rows become training rows by: python data_process.py sft --data_path FILE.jsonl" if raw else ""
+
+
 def _select(row, columns, json_columns, alternative):
     """The wanted fields of a parsed line and None, or what was found instead and what is wrong with it."""
     columns = (alternative,) if alternative in row else columns
     for column in columns:
         if column not in row:
-            return f"fields found: {', '.join(row)}", f"no field {column!r}"
+            return f"fields found: {', '.join(row)}{_way_out(row, columns)}", f"no field {column!r}"
         if column not in json_columns and not isinstance(row[column], str):
             return None, f"{column} is not a string"
     return {column: row[column] for column in columns}, None

@@ -3,44 +3,46 @@
 A cache is a folder <file>-<kind>-<fingerprint>, by default under `.cache` beside the data file, named so only when
 complete. The fingerprint covers the bytes of the data file, the tokenizer and the format: a cache is either right or
 not found. hashes.json beside it remembers the hash of each data file, so that an unchanged one is not read again.
+A cache that no run has opened for a month goes when another of the same file name and kind is built.
 """
 
 import collections
 import contextlib
+import glob
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 from filelock import Timeout
 from tqdm import tqdm
 
 from model.data.conversations import BadRow, fit_turns, training_conversation
 from model.data.rows import RowReport, iter_records
 from model.errors import FULL_DISK, UserError, tell
-from model.files import NOT_WRITABLE, atomic_write, locked, sync_directory
+from model.files import NOT_WRITABLE, atomic_write, locked, remove_abandoned, sync_directory, unfinished
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FINGERPRINT_DIGITS = 20
+UNUSED_DAYS = 30
+LONGEST_STEM = 100  # bytes of the data file's name in the cache's, which has about 100 more while it is built
+ANY_FINGERPRINT = "[0-9a-f]" * FINGERPRINT_DIGITS  # as a glob
 BLOCK_CHARACTERS = 1 << 20  # enough texts for every core, yet their encodings stay far below 1 GB
 PIECE_CHARACTERS = 1 << 16  # longer documents are encoded in pieces, on several cores,
 LONGEST_PIECE = 1 << 20  # cut within a line only where it is longer than this
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds between two times of change that a file system can tell apart (FAT)
-LEFTOVER_SECONDS = 24 * 3600
+UNUSABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class PretrainEncoding:
     """Rows (text) -> tokens `<s> text </s>` of all documents, and document_ends (where each one ends in tokens)."""
 
-    kind = "pretrain"
+    kind, names = "pretrain", ("tokens", "document_ends")
 
     def __init__(self, tokenizer):
         self.start, self.end = self.format = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -74,7 +76,7 @@ class SFTEncoding:
     """Conversations, as far as they fit into max_seq_len, -> tokens and mask of join_turns, row_lengths, row_ends. A
     row of which nothing fits has length 0: the split into training and validation counts it."""
 
-    kind = "sft"
+    kind, names = "sft", ("tokens", "mask", "row_lengths", "row_ends")
 
     def __init__(self, tokenizer, max_seq_len):
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
@@ -109,18 +111,29 @@ class SFTEncoding:
         return {**arrays, "row_lengths": np.array(lengths, np.int32), "row_ends": np.cumsum(lengths, dtype=np.int64)}
 
 
+ENCODINGS = {encoding.kind: encoding for encoding in (PretrainEncoding, SFTEncoding)}
+DTYPES = {np.dtype(kind).str for kind in (np.uint8, np.uint16, np.uint32, np.int32, np.int64)}
+
+
 class TokenCache:
     """One cache folder: the arrays that the encoding names, mapped; report (RowReport of the tokenising); fingerprint
-    (hex; the same for the same data, tokenizer and format)."""
+    (hex; the same for the same data, tokenizer and format). Raises one of UNUSABLE for a folder that is none."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.fingerprint = self.folder.name.rpartition("-")[2]
+        _, kind, self.fingerprint = self.folder.name.rsplit("-", 2)
         description = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
         self.report = RowReport.from_dict(description["report"])
-        for name, array in description["arrays"].items():
-            mapped = np.memmap(self.folder / f"{name}.bin", array["dtype"], mode="r", shape=array["length"])
+        for name in ENCODINGS[kind].names:
+            array = description["arrays"][name]
+            if array["dtype"] not in DTYPES:
+                raise ValueError(f"{name}: not an array of integers")
+            mapped = np.memmap(self.folder / f"{name}.bin", array["dtype"], mode="r")
+            if len(mapped) != array["length"]:
+                raise ValueError(f"{name}: cut, or described wrongly")
             setattr(self, name, np.asarray(mapped))  # a memmap object costs several times as much to index
+        with contextlib.suppress(OSError):  # in a folder of somebody else
+            os.utime(self.folder / "cache.json")  # it is in use
 
     def __reduce__(self):
         return TokenCache, (self.folder,)  # a spawned worker maps the files itself instead of receiving them
@@ -133,13 +146,18 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
     path = Path(path)
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "no such file"
+        make = f"python data_process.py {encoding.kind} (of a raw corpus) or python data_process.py demo"
+        raise UserError(f"{path}: {problem}; make it with {make}, or name another with --data_path")
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
     words = tokenizer_hash(tokenizer)
 
     def folder(digest):
         deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, digest, words]
         fingerprint = hashlib.blake2b(json.dumps(deciding).encode(), digest_size=FINGERPRINT_DIGITS // 2).hexdigest()
-        return cache_dir / f"{path.name.split('.')[0]}-{encoding.kind}-{fingerprint}"
+        stem = os.fsencode(path.name.split(".")[0])[:LONGEST_STEM].decode("utf-8", "ignore")
+        return cache_dir / f"{stem}-{encoding.kind}-{fingerprint}"
 
     _, digest = content_hash(path, cache_dir, read=False)
     if digest and (cache := _finished(folder(digest))):
@@ -159,13 +177,11 @@ def open_token_cache(path, tokenizer, encoding, cache_dir=None):
 def content_hash(path, cache_dir, read=True):
     """(stamp, hash of the bytes) of a data file. The stamp differs once the file was written to: size, mtime, inode and
     ctime, which no program can set back. A hash that no file in cache_dir remembers for it is None unless `read`."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the training rows with --data_path")
     status, key, memory = path.stat(), str(path.resolve()), cache_dir / "hashes.json"
     stamp = [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]
     try:
         hashes = dict(json.loads(memory.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         hashes = {}  # none yet, or damaged
     match hashes.get(key):
         case [known, str(digest)] if known == stamp:
@@ -176,7 +192,7 @@ def content_hash(path, cache_dir, read=True):
     with open(path, "rb") as handle:
         digest = hashlib.file_digest(handle, "blake2b").hexdigest()
     if settled:
-        with contextlib.suppress(OSError), atomic_write(memory) as handle:
+        with contextlib.suppress(OSError, UserError), atomic_write(memory) as handle:
             handle.write(json.dumps({**hashes, key: [stamp, digest]}, indent=1).encode())
     return stamp, digest
 
@@ -185,7 +201,7 @@ def _finished(folder):
     """The TokenCache in `folder`, None unless it is there with every array in full (a hand-made copy may be cut)."""
     try:
         return TokenCache(folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except UNUSABLE:
         return None
 
 
@@ -201,18 +217,10 @@ def _lock(directory):
         yield
 
 
-def _abandoned(folder):
-    """Whether the process of this host that an unfinished folder is named after is dead, or nobody wrote for a day."""
-    owner = re.search(rf"\.tmp-{re.escape(socket.gethostname())}-(\d+)-", folder.name)
-    dead = owner and not psutil.pid_exists(int(owner[1]))
-    return dead or time.time() - max(file.stat().st_mtime for file in [folder, *folder.iterdir()]) > LEFTOVER_SECONDS
-
-
 def _build(path, stamp, tokenizer, encoding, folder):
     """Tokenise `path` into a temporary folder and rename it to `folder`. The caller holds the lock."""
-    for leftover in filter(_abandoned, folder.parent.glob(f"*-{'[0-9a-f]' * FINGERPRINT_DIGITS}.tmp-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}")
+    remove_abandoned(folder.parent, f"*-{ANY_FINGERPRINT}.tmp-*")
+    temporary = unfinished(folder)
     temporary.mkdir()
     try:
         description = _write_arrays(path, tokenizer, encoding, temporary)
@@ -224,9 +232,21 @@ def _build(path, stamp, tokenizer, encoding, folder):
             shutil.rmtree(folder, ignore_errors=True)  # a cut copy
             os.rename(temporary, folder)
             sync_directory(folder.parent)
+        _remove_unused(folder)
         return TokenCache(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_unused(folder):
+    """Remove the caches of the same file name and kind, of earlier contents for one, that no run has opened for long.
+    (Who has one open all that time keeps what it has mapped; who needs one after all tokenises its file again.)"""
+    siblings = f"{glob.escape(folder.name.rpartition('-')[0])}-{ANY_FINGERPRINT}"
+    for other in folder.parent.glob(siblings):
+        with contextlib.suppress(OSError):
+            if time.time() - (other / "cache.json").stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+                shutil.rmtree(other)
+                tell(f"{other}: no run has opened this token cache for {UNUSED_DAYS} days; removed")
 
 
 def _write_arrays(path, tokenizer, encoding, folder):

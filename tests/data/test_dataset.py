@@ -1,5 +1,6 @@
 """Every token and every row is learned from exactly once; masks are exact; the order survives resumption and ranks."""
 
+import itertools
 import json
 import math
 
@@ -13,7 +14,7 @@ from test_rows import texts, write_csv
 from model.data.dataset import (
     IGNORED,
     PretrainDataset,
-    _batch_width,
+    batch_width,
     describe_sample,
     open_pretrain_data,
     open_sft_data,
@@ -91,6 +92,15 @@ def test_the_split_is_seeded_by_document_and_loses_nothing(tmp_path):
     assert parts(1) == [train, validation] and parts(2) != [train, validation]
     whole, nothing = open_pretrain_data(path, TOKENIZER, 8, validation_share=0)
     assert whole.num_documents == 50 and len(nothing) == 0
+
+
+@pytest.mark.parametrize(
+    "count, share, held_out", [(50, 0.001, 1), (3, 0.99, 2), (2, 0.5, 1), (1, 0.5, 0), (40, 0.1, 4)]
+)
+def test_something_is_held_out_and_something_left(tmp_path, count, share, held_out):
+    path = write_csv(tmp_path / "a.csv", ["text"], [[f"document {number}"] for number in range(count)])
+    train, validation = open_pretrain_data(path, TOKENIZER, 4, validation_share=share)
+    assert (train.num_documents, validation.num_documents) == (count - held_out, held_out)
 
 
 @pytest.mark.parametrize("max_seq_len", [1, 100])
@@ -360,15 +370,51 @@ def test_order_ranks_and_resumption(num_rows, batch_size, world_size, seed, grou
 
 
 def test_the_order_by_length_is_what_its_seed_says():
-    """Runs of earlier versions resume: stretches of 64 groups in stable order of length, whole groups in random order."""
-    lengths = np.random.default_rng(1).integers(1, 9, 1501)
+    """Runs resume: stretches of 64 groups in stable order of jittered width, whole groups in random order."""
+    lengths = np.random.default_rng(1).integers(1, 99, 1501)
     generator, expected = np.random.default_rng((7, 2, 3)), np.arange(1501)
     generator.shuffle(expected)
-    rows = [sorted(expected[start : start + 640].tolist(), key=lengths.__getitem__) for start in range(0, 1501, 640)]
+    longer = [int(length * (1 + 640 / 1501 / 32 * chance)) for length, chance in zip(lengths, generator.random(1501))]
+    # A batch is as wide as its longest row, rounded up to a multiple of 4 from 64 on, of 2 from 32 on.
+    widths = [math.ceil(n / 4) * 4 if n >= 64 else math.ceil(n / 2) * 2 if n >= 32 else n for n in longer]
+    rows = [sorted(expected[start : start + 640].tolist(), key=widths.__getitem__) for start in range(0, 1501, 640)]
     groups = np.array(sum(rows, [])[:1500]).reshape(150, 10)
     generator.shuffle(groups)
     sampler = ResumableSampler(1501, 5, seed=7, world_size=2, lengths=lengths)
     assert sampler.order(3).tolist() == [*groups.ravel().tolist(), rows[-1][-1]]
+    others = [ResumableSampler(1501, 5, seed=8, world_size=2, lengths=lengths).order(3), sampler.order(4)]
+    assert all(other.tolist() != sampler.order(3).tolist() for other in others)
+
+
+def padding_share(order, lengths, size):
+    """Share of padding in batches of `size` rows; as in SFTDataset a batch is up to a sixteenth wider than its rows."""
+    groups = [lengths[order[start : start + size]] for start in range(0, len(order), size)]
+    return 1 - lengths.sum() / sum(min(batch_width(int(max(group))), max(lengths)) * len(group) for group in groups)
+
+
+def repeated_mates(first, second, size):
+    """Share of the pairs of rows in one batch of `first` that are in one batch of `second`."""
+    pairs = [{frozenset(pair) for start in range(0, len(order), size)
+              for pair in itertools.combinations(order[start : start + size].tolist(), 2)} for order in (first, second)]  # fmt: skip
+    return len(pairs[0] & pairs[1]) / len(pairs[0])
+
+
+@pytest.mark.parametrize(
+    "rows, size, before, most", [(500, 8, 0.82, 0.40), (3000, 64, 0.87, 0.50), (3000, 8, 0.09, 0.07)]
+)
+def test_rows_meet_others_in_every_epoch_at_little_padding(rows, size, before, most):
+    """`before`: where nothing but the length decides who meets."""
+    lengths = np.minimum(np.random.default_rng(0).lognormal(4.6, 0.8, rows).astype(int) + 12, 512)
+    sampler = ResumableSampler(rows, size, lengths=lengths)
+    plain = [np.random.default_rng(epoch).permutation(rows) for epoch in range(2)]
+    stretch = 64 * size
+    for order in plain:
+        for start in range(0, rows, stretch):
+            part = order[start : start + stretch]
+            part[:] = part[np.argsort(lengths[part], kind="stable")]
+    assert repeated_mates(*plain, size) == pytest.approx(before, abs=0.03)
+    assert repeated_mates(sampler.order(0), sampler.order(1), size) < most
+    assert padding_share(sampler.order(0), lengths, size) < padding_share(plain[0], lengths, size) + 0.011
 
 
 def test_resuming_with_other_data_is_refused():
@@ -423,7 +469,7 @@ def test_long_samples_are_cut_in_the_description(tmp_path):
 
 @settings(max_examples=200, deadline=None)
 @given(length=st.integers(1, 4096))
-def test_few_batch_widths_close_to_the_longest_row(length):
-    width = _batch_width(length)
+def test_fewbatch_widths_close_to_the_longest_row(length):
+    width = batch_width(length)
     assert length <= width <= length * 17 / 16
-    assert len({_batch_width(other) for other in range(1, 513)}) < 100
+    assert len({batch_width(other) for other in range(1, 513)}) < 100

@@ -90,6 +90,16 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
     assert read(path, ("q", "a"))[0] == [{"q": "1", "a": "x\r\ny"}, {"q": "2", "a": "z"}]
 
 
+def test_byte_order_mark_and_upper_case_surrogates_in_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\n{"text": "\\uD83D\\uDE00"}\n{"text": "\\uDE00"}\n{"text": "\\uD83Dx"}\n'
+    )
+    records, report = read(path, ("text",))
+    assert [record["text"] for record in records] == ["a", "😀"]
+    assert report.places == {"half a surrogate pair in the text": [f"{path}:3", f"{path}:4"]}
+
+
 def test_rows_end_as_the_header_does(tmp_path):
     """Rows of a Windows program under a header that ends in a line feed: bad where quoted, else kept and spoken of."""
     path = tmp_path / "a.csv"
@@ -244,6 +254,39 @@ def test_useless_files_end_in_one_line(tmp_path, name, content, words):
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("row", [{"instruction": "q", "output": "a"}, {"messages": [{"role": "user", "content": "q"}]}])
+def test_raw_rows_in_the_place_of_conversations_are_sent_to_data_process(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    for path in (tmp_path / "a.jsonl", write_csv(tmp_path / "a.csv", list(row), [["x"] * len(row)])):
+        with pytest.raises(UserError, match=f"{path}.* found: {list(row)[0]}.*data_process.py sft --data_path"):
+            list(iter_records(path, ("history", "q", "a"), alternative="conversations"))
+        with pytest.raises(UserError, match="'text'.* found") as caught:
+            list(iter_records(path, ("text",)))
+        assert "data_process" not in str(caught.value)
+
+
+def test_a_bad_row_behind_good_ones_never_ends_a_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 999 + "{\n" + '{"text": "b"}\n' * 9)
+    records, report = read(path, ("text",))
+    assert len(records) == 1008 and report.places == {"not JSON": [f"{path}:1000"]}
+
+
+def test_a_report_comes_back_from_its_values_and_from_no_others():
+    report = RowReport()
+    report.rows, report.bytes_read = 9, 99
+    report.drop("empty", "a:1")
+    report.note("cut")
+    values = json.loads(json.dumps(report.to_dict()))
+    assert RowReport.from_dict(values).summary() == report.summary() and RowReport.from_dict(values).kept == 8
+    for name, wrong in [("rows", "9"), ("bytes_read", None), ("dropped", {"a": 1.5}), ("notes", ["a"]), ("notes", {"a": True}),
+                        ("places", []), ("places", {"a": 5}), ("places", {"a": [5]})]:  # fmt: skip
+        with pytest.raises((ValueError, TypeError)):
+            RowReport.from_dict({**values, name: wrong})
+    with pytest.raises(KeyError):
+        RowReport.from_dict({})
 
 
 def test_missing_file(tmp_path):

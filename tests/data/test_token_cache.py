@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import socket
 import subprocess
 import sys
@@ -100,12 +101,22 @@ def test_the_hash_is_remembered_while_the_file_stays_as_it_is(tmp_path, monkeypa
         memory.write_text(damage)
         hashed.clear()
         assert [open_pretrain(path).folder for _ in range(2)] == folders[:2] and len(hashed) == 1
+    memory.unlink()
+    memory.mkdir()
+    assert open_pretrain(path).folder == folders[0]
+    memory.rmdir()
+    assert open_pretrain(path).folder == folders[0]
     other = settled(write_csv(tmp_path / "b.csv", ["text"], [["山"]]))
     assert open_pretrain(other).folder != folders[0]
     hashed.clear()
     assert open_pretrain(path).folder == folders[0] and open_pretrain(other) and not hashed
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    os.utime(other, ns=times)
     os.replace(other, path)  # same size and mtime, another inode
     assert open_pretrain(path).folder != folders[0] and len(hashed) == 1
+    path.write_bytes(path.read_bytes().replace("山".encode(), "雪".encode()))
+    os.utime(path, ns=times)  # the same inode too
+    assert open_pretrain(path).folder == folders[0] and len(hashed) == 2
 
 
 def test_the_hash_of_a_file_written_just_now_is_not_remembered(tmp_path):
@@ -122,6 +133,7 @@ def test_a_cache_in_a_folder_that_cannot_be_locked_is_used(tmp_path, monkeypatch
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", denied)
+    monkeypatch.setattr("os.utime", denied)  # it cannot be marked as used either
     assert open_pretrain(path).folder == first
 
 
@@ -158,6 +170,32 @@ def test_fingerprint_is_of_content_not_of_time_or_size(tmp_path):
     assert documents(open_pretrain(path))[0][1:-1] == encode_text(TOKENIZER, "bbbb")
 
 
+def test_another_tokenizer_with_the_same_control_tokens_finds_no_cache(tmp_path, small_tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["北京"]])
+    assert PretrainEncoding(small_tokenizer).format == PretrainEncoding(TOKENIZER).format
+    first, other = open_pretrain(path), open_token_cache(path, small_tokenizer, PretrainEncoding(small_tokenizer))
+    assert other.fingerprint != first.fingerprint
+    assert [documents(cache)[0][1:-1] for cache in (first, other)] == [
+        encode_text(tokenizer, "北京") for tokenizer in (TOKENIZER, small_tokenizer)
+    ]
+
+
+def test_a_cache_of_another_format_is_not_found(tmp_path, monkeypatch):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    first = open_pretrain(path).folder
+    monkeypatch.setattr("model.data.token_cache.FORMAT_VERSION", token_cache.FORMAT_VERSION - 1)
+    assert open_pretrain(path).folder != first
+
+
+def test_the_kind_of_file_decides_how_it_is_read(tmp_path):
+    """The same bytes, as .csv and as .jsonl."""
+    for name in ("a.csv", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "雪"}\n')
+    assert documents(open_pretrain(tmp_path / "a.jsonl")) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
+    with pytest.raises(UserError, match="a.csv: no column 'text'"):
+        open_pretrain(tmp_path / "a.csv")
+
+
 def test_a_hit_reads_nothing_but_the_cache(tmp_path, monkeypatch):
     path = settled(write_csv(tmp_path / "a.csv", ["text"], [["雪"], [""]]))
     first = open_pretrain(path)
@@ -179,11 +217,108 @@ def test_a_cut_cache_is_built_again(tmp_path):
     assert documents(open_pretrain(path)) and (folder / "tokens.bin").read_bytes() == expected
 
 
+def cache_description(folder, change):
+    """Write cache.json anew after `change` has been at what it holds."""
+    values = json.loads((folder / "cache.json").read_text())
+    changed = change(values)
+    (folder / "cache.json").write_text(changed if isinstance(changed, str) else json.dumps(values))
+
+
+CRAFTED = {
+    "no array": lambda values: values["arrays"].pop("document_ends"),
+    "no arrays": lambda values: values.pop("arrays"),
+    "arrays a list": lambda values: values.update(arrays=[1]),
+    "array a number": lambda values: values["arrays"].update(tokens=5),
+    "too short": lambda values: values["arrays"]["tokens"].update(length=3),
+    "too long": lambda values: values["arrays"]["tokens"].update(length=5),
+    "huge": lambda values: values["arrays"]["tokens"].update(length=10**30),
+    "negative": lambda values: values["arrays"]["tokens"].update(length=-4),
+    "a shape": lambda values: values["arrays"]["tokens"].update(length=[2, 2]),
+    "pointers": lambda values: values["arrays"]["document_ends"].update(dtype="|O"),
+    "numbers with a point": lambda values: values["arrays"]["document_ends"].update(dtype="<f8"),
+    "no dtype": lambda values: values["arrays"]["tokens"].update(dtype=["u2"]),
+    "no report": lambda values: values.pop("report"),
+    "report of nothing": lambda values: values.update(report=None),
+    "rows of text": lambda values: values["report"].update(rows="two"),
+    "count of nothing": lambda values: values["report"].update(dropped={"empty": None}),
+    "dropped a list": lambda values: values["report"].update(dropped=["x"]),
+    "places a list": lambda values: values["report"].update(places=[["x", "y"]]),
+    "place a number": lambda values: values["report"].update(places={"empty": [5]}),
+    "a list": lambda values: "[]",
+    "a number": lambda values: "5",
+    "nested": lambda values: "[" * 100_000,
+    "digits": lambda values: "1" * 5000,
+    "cut": lambda values: '{"arrays"',
+    "not UTF-8": lambda values: "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("change", CRAFTED.values(), ids=CRAFTED)
+def test_a_cache_that_is_described_wrongly_is_built_again(tmp_path, change):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"], ["ab"]])
+    folder, expected = open_pretrain(path).folder, documents(open_pretrain(path))
+    before = (folder / "cache.json").read_bytes()
+    cache_description(folder, change)
+    assert documents(open_pretrain(path)) == expected
+    assert (folder / "cache.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["cache.json", "tokens.bin"])
+def test_a_folder_in_the_place_of_a_file_is_no_cache(tmp_path, name):
+    path = write_csv(tmp_path / "a.csv", ["text"], [["雪"]])
+    folder = open_pretrain(path).folder
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert documents(open_pretrain(path)) == [[1, *encode_text(TOKENIZER, "雪"), 2]]
+
+
+def test_a_long_name_is_shortened_for_the_cache(tmp_path):
+    path = write_csv(tmp_path / f"{'雪' * 80}.csv", ["text"], [["雪"]])
+    folder = open_pretrain(path).folder
+    assert folder.name.startswith("雪" * 33 + "-pretrain-") and open_pretrain(path).folder == folder
+
+
+def test_caches_that_nobody_has_opened_for_a_month_go(tmp_path, capsys):
+    """Of the same file name and kind only; a run that opens one, even without tokenising, keeps it another month."""
+    month, cache_dir = 30 * 24 * 3600, tmp_path / ".cache"
+
+    def build(name, text):
+        (tmp_path / name).unlink(missing_ok=True)
+        return open_pretrain(write_csv(tmp_path / name, ["text"], [[text]])).folder
+
+    def aged(folder, seconds):
+        os.utime(folder / "cache.json", (time.time() - seconds, time.time() - seconds))
+        return folder
+
+    old = aged(build("a[1].csv", "一"), month + 60)
+    young = aged(build("a[1].csv", "二"), month - 60)
+    assert set(entries(cache_dir)) == {young}  # the second removed the first
+    assert f"{old}: no run has opened this token cache for 30 days; removed" in capsys.readouterr().err
+    other, longer = aged(build("a1.csv", "三"), month + 60), aged(build("a[1]-b.csv", "四"), month + 60)
+    (cache_dir / f"a[1]-pretrain-{'x' * 20}").mkdir()
+    aged(young, month + 60)
+    write_csv(tmp_path / "a[1].csv", ["text"], [["二"]])
+    assert open_pretrain(tmp_path / "a[1].csv").folder == young
+    new = build("a[1].csv", "五")
+    assert set(entries(cache_dir)) == {young, other, longer, new, cache_dir / f"a[1]-pretrain-{'x' * 20}"}
+
+
 def test_workers_get_the_folder_not_the_tokens(tmp_path):
     path = write_csv(tmp_path / "a.csv", ["text"], [["雪" * 5000]])
     cache = open_pretrain(path)
     packed = pickle.dumps(cache)
     assert len(packed) < 500 and documents(pickle.loads(packed)) == documents(cache)
+
+
+@pytest.mark.parametrize("name", ["none.csv", "folder.csv", "circle.csv"])
+@pytest.mark.parametrize("encoding", [PretrainEncoding(TOKENIZER), SFTEncoding(TOKENIZER, 64)])
+def test_a_data_file_that_is_not_there_is_to_be_made(tmp_path, name, encoding):
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "circle.csv").symlink_to("circle.csv")
+    problem = "is no file" if name == "folder.csv" else "no such file"
+    make = f"make it with python data_process.py {encoding.kind} .*python data_process.py demo, .*--data_path"
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name}: {problem}; {make}"):
+        open_token_cache(tmp_path / name, TOKENIZER, encoding)
 
 
 def test_nothing_usable_and_nothing_left_behind(tmp_path):
@@ -208,6 +343,43 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch,
     with pytest.raises(UserError, match=f"{word}.*--cache_dir"):
         open_pretrain(path, tmp_path / "elsewhere")
     assert entries(tmp_path / "elsewhere") == []
+
+
+def test_a_full_disk_while_tokenising_ends_in_one_line(tmp_path):
+    """A limit of the size of files stands for the end of the disk."""
+    path = write_csv(tmp_path / "a.csv", ["text"], [[f"{number}山高水长"] for number in range(40_000)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the token cache.*free some space"):
+            open_pretrain(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert entries(tmp_path / ".cache") == []
+
+
+def test_a_file_that_changes_while_another_process_is_waited_for(tmp_path, monkeypatch):
+    path, lock = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), token_cache._lock
+    first = open_pretrain(path).folder
+    write_csv(path, ["text"], [["山"]])
+
+    def waiting(directory):
+        write_csv(path, ["text"], [["雪"]])
+        return lock(directory)
+
+    monkeypatch.setattr("model.data.token_cache._lock", waiting)
+    assert open_pretrain(path).folder == first and documents(open_pretrain(path))[0][1:-1] == encode_text(
+        TOKENIZER, "雪"
+    )
+
+
+@pytest.mark.parametrize("circle", [True, False])
+def test_a_cache_folder_that_cannot_be_one_ends_in_one_line(tmp_path, circle):
+    path, cache_dir = write_csv(tmp_path / "a.csv", ["text"], [["雪"]]), tmp_path / "cache"
+    cache_dir.symlink_to(cache_dir) if circle else cache_dir.touch()
+    for place in (cache_dir, cache_dir / "within"):
+        with pytest.raises(UserError, match=f"^{place}: cannot write the token cache .*--cache_dir"):
+            open_pretrain(path, place)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
@@ -353,7 +525,7 @@ def test_without_working_locks_the_first_to_finish_wins(tmp_path, monkeypatch):
 def test_sft_cache_by_rows(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [
-        {"history": [["问", "答"]], "q": "q", "a": "a"},
+        {"history": [["问", "答"], ["又", " "]], "q": "q", "a": "a"},
         {"history": [], "q": "q", "a": ""},
         {
             "conversations": [
@@ -370,9 +542,18 @@ def test_sft_cache_by_rows(tmp_path):
     ]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     cache = open_token_cache(path, TOKENIZER, SFTEncoding(TOKENIZER, 64))
-    turns = ["user\n问", "assistant\n答", "user\nq", "assistant\na", "user\nhi", "assistant\n</s>"]
+    turns = [
+        "user\n问",
+        "assistant\n答",
+        "user\n又",
+        "assistant\n ",
+        "user\nq",
+        "assistant\na",
+        "user\nhi",
+        "assistant\n</s>",
+    ]
     text = "".join(f"<s>{turn}</s>\n" for turn in turns)
-    assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 6
+    assert TOKENIZER.decode(cache.tokens) == text and (cache.tokens == 2).sum() == 8
     assert TOKENIZER.decode(cache.tokens[cache.mask == 1]) == "答</s>"
     assert TOKENIZER.decode(cache.tokens[cache.mask == 2]) == "a</s></s></s>"
     assert np.cumsum(cache.row_lengths).tolist() == cache.row_ends.tolist()
