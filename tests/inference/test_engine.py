@@ -189,7 +189,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
     while engine.has_work:
         engine.step()
     engine.cancel(second)  # done already: nothing happens
-    assert first.finish_reason is None and len(first.token_ids) == 1
+    assert first.finish_reason == "cancelled" and len(first.token_ids) == 1 and second.finish_reason == "length"
     assert [second.token_ids, third.token_ids] == [greedy_without_cache(model, prompt, 12) for prompt in prompts[1:]]
 
 
@@ -254,13 +254,155 @@ def test_meaningless_sampling_parameters_are_refused(bad):
     assert caught.value.exit_code == 2
 
 
-def test_a_damaged_checkpoint_is_named_not_sampled():
+def poisoned_model(*tokens):
+    """tiny_model with an input embedding of NaN for each of `tokens`, and its own, clean output matrix."""
     broken = tiny_model()
-    broken.norm.weight.data.fill_(float("nan"))
-    engine = Engine(broken)
-    with pytest.raises(UserError, match="not finite"):
-        engine.generate([[5, 6]], GREEDY)
+    broken.output.weight = torch.nn.Parameter(broken.output.weight.detach().clone())
+    broken.tok_embeddings.weight.data[list(tokens)] = float("nan")
+    return broken
+
+
+def test_a_row_that_is_not_finite_fails_alone_and_leaves_nothing_behind(model):
+    prompts = random_prompts(5, seed=12)
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+    later = next(
+        token for token in expected[1][3:8] if not any(token in ids for ids in prompts + [*expected[:1], *expected[2:]])
+    )
+    broken = poisoned_model(later, 199)
+    engine = Engine(broken, max_batch=4)
+    failing = [5] * 40 + [199]
+    requests = [engine.add(prompt, GREEDY) for prompt in [failing, *prompts]]
+    deltas = []
+    while engine.has_work:
+        deltas += engine.step()
+    first, healthy, second, *others = requests
+    for request, generated in ((first, 0), (second, expected[1].index(later) + 1)):
+        assert request.finish_reason == "error" and "not finite" in request.error
+        assert len(request.token_ids) == generated
+        assert [delta.finish_reason for delta in deltas if delta.request is request][-1] == "error"
+    assert [request.token_ids for request in (healthy, *others)] == [expected[0], *expected[2:]]
+    assert all(request.error is None for request in (healthy, *others))
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["model.inference.engine.KVCache", "model.inference.engine.Engine.prefill"])
+def test_without_memory_only_the_requests_being_admitted_fail(model, monkeypatch, error, where):
+    prompts = random_prompts(4, seed=3)
+    expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
+    engine = Engine(model)
+    first = engine.add(prompts[0], GREEDY)
+    for _ in range(4):
+        engine.step()
+    failing = [engine.add(prompt, GREEDY) for prompt in prompts[1:3]]
+
+    def no_memory(*arguments):
+        raise error
+
+    no_memory.bytes_needed = KVCache.bytes_needed
+    with monkeypatch.context() as patch:
+        patch.setattr(where, no_memory)
+        deltas = engine.step()
+    assert [delta.finish_reason for delta in deltas] == ["error", "error", None]
+    assert all("--max_seq_len" in request.error and "\n" not in request.error for request in failing)
+    last = engine.add(prompts[3], GREEDY)
+    while engine.has_work:
+        engine.step()
+    assert [first.token_ids, last.token_ids] == [expected[0], expected[3]]
+
+
+def test_any_other_exception_is_raised_and_loses_no_running_request(model, monkeypatch):
+    prompts = random_prompts(3, seed=3)
+    engine = Engine(model)
+    first = engine.add(prompts[0], GREEDY)
+    for _ in range(4):
+        engine.step()
+    second = engine.add(prompts[1], GREEDY)
+
+    def bug(*arguments):
+        raise TypeError("a bug")
+
+    for broken, reason in (("Engine.decode", None), ("Sampler.pick", None), ("Engine.prefill", "error")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"model.inference.engine.{broken}", bug)
+            with pytest.raises(TypeError, match="a bug"):
+                engine.step()
+        assert (first.finish_reason, second.finish_reason) == (None, reason)
+    third = engine.add(prompts[2], GREEDY)
+    while engine.has_work:
+        engine.step()
+    for request, prompt in ((first, prompts[0]), (third, prompts[2])):
+        assert request.token_ids == greedy_without_cache(model, prompt, 12)
+    assert second.error == "TypeError: a bug"
+
+
+def test_a_context_beyond_memory_is_one_line(model, monkeypatch):
+    with pytest.raises(UserError, match="--max_seq_len 1000000000000: needs .* GB") as caught:
+        Engine(model, max_length=10**12)
+    assert "\n" not in str(caught.value)
+    one_row = 2 * 2 * (2 * 8) * 64 * 4  # keys and values, layers, heads of 8 numbers, positions, bytes
+    memory = type("Memory", (), dict(available=one_row))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    assert Engine(model).generate([[5]], GREEDY)[0].finish_reason == "length"
+    assert [request.finish_reason for request in Engine(model).generate([[5], [6]], GREEDY)] == ["error"] * 2
+    memory.available -= 1
+    with pytest.raises(UserError, match="--max_seq_len 64"):
+        Engine(model)
+
+
+def limited_steps(monkeypatch, most=50):
+    """From here on an engine that makes more than `most` steps is one that never ends."""
+    step, left = Engine.step, iter(range(most))
+
+    def counted(self):
+        assert next(left, None) is not None, "the engine goes round and round"
+        return step(self)
+
+    monkeypatch.setattr(Engine, "step", counted)
+
+
+def test_cancelling_during_stream_and_generate_ends_them(model, monkeypatch):
+    limited_steps(monkeypatch)
+    engine = Engine(model, max_batch=2)
+    stream = engine.stream([5, 6, 7], GREEDY)
+    request = next(stream).request
+    engine.cancel(request)
+    assert list(stream) == [] and request.finish_reason == "cancelled" and not engine.has_work
+    prompts, ended = random_prompts(4, seed=8), []
+
+    def cancel_the_others(request):
+        ended.append(request)
+        for other in [*engine.running, *engine.waiting]:
+            if other is not request:
+                engine.cancel(other)
+
+    wanted = [dataclasses.replace(GREEDY, max_new_tokens=count) for count in (9, 3, 9, 9)]
+    requests = engine.generate(sorted(prompts, key=len), wanted, on_finish=cancel_the_others)
+    assert [request.finish_reason for request in requests] == ["cancelled", "length", "cancelled", "cancelled"]
+    assert ended == [requests[1]] and not engine.has_work
+
+
+def test_one_impossible_prompt_stops_generate_before_the_others_are_worked_on(model, monkeypatch):
+    engine = Engine(model)
+    monkeypatch.setattr(engine, "prefill", None)
+    with pytest.raises(UserError, match="empty"):
+        engine.generate([[5], [6], []], GREEDY)
     assert not engine.has_work
+
+
+def test_a_model_that_was_left_in_training_mode_answers_without_dropout(model):
+    training = tiny_model(dropout=0.5).train()
+    prompts = random_prompts(3)
+    requests = Engine(training).generate(prompts, GREEDY)
+    assert [request.token_ids for request in requests] == [
+        greedy_without_cache(model, prompt, 12) for prompt in prompts
+    ]
 
 
 def compiled_engine(monkeypatch, model, **arguments):
@@ -327,11 +469,12 @@ def reference_distribution(logits, parameters, history):
     probabilities = dict(zip(kept, torch.softmax(logits[kept], dim=0).tolist()))
     nucleus, mass = [], 0.0
     for token in kept:
-        if mass >= parameters.top_p:
+        if mass >= parameters.top_p < 1:
             break
         nucleus.append(token)
         mass += probabilities[token]
-    return torch.tensor([probabilities[token] / mass if token in nucleus else 0.0 for token in range(len(logits))])
+    shares = [probabilities[token] / mass if token in nucleus else 0.0 for token in range(len(logits))]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 sampling_parameters = st.builds(
@@ -484,6 +627,29 @@ def test_an_answer_cut_in_a_character_ends_with_the_replacement_character(tokeni
     assert request.accept(first_bytes).text == request.text == "\ufffd" and request.finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected", "reason"),
+    [
+        (("好",), ["好"], "", "stop"),
+        (("好的",), ["好的"], "", "stop"),
+        (("好的",), ["好", "的"], "", "stop"),
+        (("d", "b"), ["abcde"], "a", "stop"),
+        (("b", "d"), ["abcde"], "a", "stop"),
+        (("bx", "c"), ["ab", "cd"], "ab", "stop"),
+        (("bc",), ["ab", "bc"], "ab", "stop"),
+        (("bb",), ["ab"], "ab", "length"),
+    ],
+)
+def test_stop_strings_by_hand(stops, pieces, expected, reason):
+    """At their full length alone in a piece, two of them in one piece, over pieces, and only begun at the end."""
+    decoder = type("Pieces", (), dict(push=lambda self, token: pieces[token], flush=lambda self: ""))()
+    request = Request([1], SamplingParameters(stop_strings=stops), set(), len(pieces), None)
+    request.decoder, texts = decoder, []
+    while request.finish_reason is None:
+        texts.append(request.accept(len(texts)).text)
+    assert ("".join(texts), request.text, request.finish_reason) == (expected, expected, reason)
+
+
 def test_stop_strings_without_a_tokenizer_are_refused(model):
     with pytest.raises(ValueError, match="tokenizer"):
         Engine(model).add([5], SamplingParameters(stop_strings=("x",)))
@@ -510,22 +676,3 @@ def test_text_prompts_round_trip_through_the_engine(tokenizer, text_model):
         [encode_text(tokenizer, "长江</s>")], dataclasses.replace(GREEDY, max_new_tokens=5)
     )[0]
     assert request.text == tokenizer.decode(request.token_ids, skip_special_tokens=True) and len(request.token_ids) == 5
-
-
-def test_a_prompt_that_fails_leaves_the_running_requests_as_they_were(model, monkeypatch):
-    prompts = random_prompts(2)
-    alone = [Engine(model).generate([prompt], GREEDY)[0].token_ids for prompt in prompts]
-    engine = Engine(model)
-    first = engine.add(prompts[0], GREEDY)
-    for _ in range(4):
-        engine.step()
-    failing = engine.add(prompts[1], GREEDY)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "isfinite", lambda tensor: torch.tensor(False))
-        with pytest.raises(UserError, match="not finite"):
-            engine.step()
-    assert failing not in engine.running
-    while first.finish_reason is None:
-        engine.step()
-    assert first.token_ids == alone[0]
-    assert engine.generate([prompts[1]], GREEDY)[0].token_ids == alone[1]
