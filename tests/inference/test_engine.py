@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
-from model.inference.chat import conversation_prompt
+from model.inference.chat import conversation_prompt, last_exchanges
 from model.inference.engine import Engine, Request
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import encode_text, token_bytes
+from model.tokenizer import encode_text, render_conversation, token_bytes
 
 GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
 
@@ -669,6 +669,50 @@ def test_conversations_lose_their_oldest_exchanges_first(tokenizer):
     assert text.endswith("<s>user\n最后</s>\n<s>assistant\n")
     ids, dropped = conversation_prompt(tokenizer, messages, 4, 10)
     assert dropped == 12 and "最后" in tokenizer.decode(ids), "the last question is never dropped"
+
+
+def random_conversation(chance):
+    """A system turn or none, then questions and answers in no strict order, a question last; some spell control tokens."""
+    words = ("你好", "<s>user", "</s>", "一二三四五", "a b\n", "", "\n\n")
+    messages = [{"role": "system", "content": "简短"}] * chance.randint(0, 1)
+    for _ in range(chance.randint(0, 12)):
+        role = chance.choice(("user", "user", "assistant", "assistant", "system"))
+        messages.append({"role": role, "content": "".join(chance.choices(words, k=3))})
+    return [*messages, {"role": "user", "content": "最后"}]
+
+
+def test_long_conversations_are_encoded_once_and_cut_as_if_encoded_for_each_exchange(tokenizer, monkeypatch):
+    from model.inference import chat
+
+    encoded = []
+
+    def render(*arguments, **options):
+        encoded.append(1)
+        return render_conversation(*arguments, **options)
+
+    monkeypatch.setattr(chat, "render_conversation", render)
+    for seed in range(150):
+        chance = random.Random(seed)
+        messages = random_conversation(chance)
+        context, wanted = chance.randint(4, 250), chance.randint(1, 100)
+        system = messages[: messages[0]["role"] == "system"]
+        rest = messages[len(system) :]
+        for dropped in range(len(rest)):
+            if dropped and rest[dropped]["role"] != "user":
+                continue
+            ids = render_conversation(tokenizer, system + rest[dropped:], add_generation_prompt=True)[0]
+            if len(ids) + min(wanted, context // 4) <= context:
+                break
+        encoded.clear()
+        assert conversation_prompt(tokenizer, messages, context, wanted) == (ids, dropped)
+        assert encoded == [1]
+
+
+def test_only_the_last_exchanges_are_remembered_and_the_system_turn():
+    system, *turns = messages = [{"role": role, "content": role} for role in ("system", *("user", "assistant") * 3)]
+    for count, kept in ((None, turns), (0, []), (1, turns[4:]), (2, turns[2:]), (9, turns)):
+        assert last_exchanges(messages, count) == [system, *kept] and last_exchanges(turns, count) == kept
+    assert last_exchanges([], 2) == []
 
 
 def test_text_prompts_round_trip_through_the_engine(tokenizer, text_model):
