@@ -15,7 +15,7 @@ from torch import nn
 
 from model.device import check_compiler, is_out_of_memory
 from model.errors import UserError
-from model.inference.cpu_kernels import install, one_row_kernels
+from model.inference.kernels import install
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler
 from model.settings import SamplingParameters
@@ -221,8 +221,7 @@ class Engine:
             with self.cache.with_fixed_shapes():
                 logits = self.compiled(last, kv_cache=self.cache).logits[:rows, -1]
         else:
-            with one_row_kernels(rows, self.model):
-                logits = self.model(torch.tensor(last, device=self.model.device), kv_cache=cache).logits[:, -1]
+            logits = self.model(torch.tensor(last, device=self.model.device), kv_cache=cache).logits[:, -1]
         return logits
 
     def prefill(self, requests):

@@ -435,22 +435,6 @@ def test_compile_without_a_compiler_says_so(model, monkeypatch):
         Engine(model, compile=True)
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compiling", [False, True])
-def test_the_one_row_product_is_the_product(monkeypatch, dtype, compiling):
-    from model.inference.cpu_kernels import OneRowLinear
-
-    torch.manual_seed(0)
-    linear = OneRowLinear(48, 20, bias=False).to(dtype)
-    x = torch.randn(1, 1, 48).to(dtype)
-    expected = (x.double() @ linear.weight.double().T)[0, 0]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    torch.testing.assert_close(linear(x)[0, 0].double(), expected, atol=tolerance, rtol=tolerance)
-    assert linear(x).shape == (1, 1, 20) and linear(x[0, 0]).shape == (20,)
-
-
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
