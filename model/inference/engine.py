@@ -88,7 +88,8 @@ class Engine:
     model: a Transformer, left in evaluation mode. tokenizer: needed for text and stop strings, not for token ids.
     max_batch: how many requests run at once; others wait their turn. max_length: most tokens of prompt and answer
     together, default config.max_seq_len: past it the model meets positions that it was never trained on. compile:
-    torch.compile the decoding step, once for each doubling of the rows in use.
+    torch.compile the decoding step, on CUDA once for each doubling of the rows in use, on a CPU only that of a single
+    row: more are faster with packed weights.
     """
 
     PREFILL_CHUNK = 512  # prompt tokens per forward pass: bounds the memory of long prompts
@@ -98,12 +99,13 @@ class Engine:
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache = self.sampler = self.compiled = None
+        self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
         if not self.has_memory_for(1):
             size = KVCache.bytes_needed(model.config, 1, self.max_length, model.dtype) / 1e9
             raise UserError(f"--max_seq_len {self.max_length}: needs {size:,.1f} GB, more than is free; shorten it")
         if compile:
             check_compiler(model.device)
-            mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former: one CUDA graph a step
+            mode = "reduce-overhead" if self.uses_graphs else "default"
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
     def add(self, prompt_ids, parameters=SamplingParameters()):
@@ -214,15 +216,14 @@ class Engine:
     def decode(self, rows):
         """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
         last = [[request.token_ids[-1]] for request in self.running[:rows]]
-        cache = self.cache.rows(0, rows) if rows < self.cache.batch else self.cache
-        if self.compiled is not None:
-            # All rows of the cache, also the unused ones: their number is part of the shape that was compiled.
-            last = torch.tensor(last + [[0]] * (self.cache.batch - rows), device=self.model.device)
-            with self.cache.with_fixed_shapes():
-                logits = self.compiled(last, kv_cache=self.cache).logits[:rows, -1]
-        else:
-            logits = self.model(torch.tensor(last, device=self.model.device), kv_cache=cache).logits[:, -1]
-        return logits
+        cache, device = self.cache.rows(0, rows), self.model.device
+        if self.compiled is None or (rows > 1 and not self.uses_graphs):
+            return self.model(torch.tensor(last, device=device), kv_cache=cache).logits[:, -1]
+        if self.uses_graphs:  # all rows of the cache, also the unused ones: their number is part of what was compiled
+            cache = self.cache
+        last = torch.tensor(last + [[0]] * (cache.batch - rows), device=device)
+        with cache.with_fixed_shapes():
+            return self.compiled(last, kv_cache=cache).logits[:rows, -1]
 
     def prefill(self, requests):
         """Run the prompts of `requests` through the model together, into the rows behind the running ones; logits [B, V]
@@ -263,7 +264,7 @@ class Engine:
         if self.cache is not None:
             larger.copy_rows(self.cache)
         self.cache = larger
-        if self.compiled is not None:  # a CUDA graph writes into these very tensors; others it would copy in every step
+        if self.compiled is not None and self.uses_graphs:  # it writes into these very tensors; others would be copied
             for storage in (*larger.keys, *larger.values):
                 torch._dynamo.mark_static_address(storage)
 

@@ -421,12 +421,26 @@ def compiled_engine(monkeypatch, model, **arguments):
     return engine
 
 
+@pytest.mark.parametrize("uses_graphs", [False, True])
 @pytest.mark.parametrize("max_batch", [1, 3, 16])
-def test_fixed_shapes_for_compiled_code_change_no_answer(any_model, monkeypatch, max_batch):
-    prompts = random_prompts(7)
+def test_fixed_shapes_for_compiled_code_change_no_answer(any_model, monkeypatch, max_batch, uses_graphs):
+    """uses_graphs: as on CUDA, all rows of the cache go through the compiled step, else single rows only."""
+    prompts, batches = random_prompts(7), set()
     expected = [greedy_without_cache(any_model, prompt, 12) for prompt in prompts]
-    requests = compiled_engine(monkeypatch, any_model, max_batch=max_batch).generate(prompts, GREEDY)
-    assert [request.token_ids for request in requests] == expected
+    engine = compiled_engine(monkeypatch, any_model, max_batch=max_batch)
+    engine.uses_graphs, compiled = uses_graphs, engine.compiled
+
+    def counted(last, kv_cache):
+        batches.add(len(last))
+        assert kv_cache.key_count(1) == 64, "the whole capacity"
+        return compiled(last, kv_cache=kv_cache)
+
+    engine.compiled = counted
+    wanted = [dataclasses.replace(GREEDY, max_new_tokens=12 if index == 3 else 6) for index in range(7)]
+    requests = engine.generate(prompts, wanted)
+    for index, request in enumerate(requests):
+        assert request.token_ids == expected[index][: wanted[index].max_new_tokens]
+    assert batches == ({engine.cache.batch} if uses_graphs else {1})
 
 
 def test_compile_without_a_compiler_says_so(model, monkeypatch):

@@ -21,7 +21,9 @@ def packed_linear(dtype=torch.float32, rows_in=48, rows_out=20):
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (16, 1), (3, 40), (1,), ()])
-def test_the_packed_product_is_the_product(dtype, shape):
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_packed_product_is_the_product(monkeypatch, dtype, shape, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     linear = packed_linear(dtype)
     x = torch.randn(*shape, 48).to(dtype)
     expected = x.double() @ linear.weight.double().T
