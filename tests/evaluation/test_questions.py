@@ -88,5 +88,8 @@ def test_a_question_that_fails_is_told_after_the_others_are_answered(capsys):
     answer_each([("a:1", {"q": "one"}), ("a:2", {"q": "two"})], answer)
     with pytest.raises(UserError, match="^2 of 4 questions not answered; a:2: bad2 is too long$") as caught:
         answer_each([(f"a:{n}", {"q": q}) for n, q in enumerate(("one", "bad2", "bad3", "four"), 1)], answer)
+    with pytest.raises(UserError, match="^--prompt: bad is too long$"):
+        answer_each([("--prompt", {"q": "bad"})], answer)
+    asked.pop()
     assert asked == ["one", "two", "one", "bad2", "bad3", "four"] and caught.value.exit_code == 2
-    assert capsys.readouterr().out == "(not answered)\n" * 2
+    assert capsys.readouterr().out == "(not answered)\n" * 3

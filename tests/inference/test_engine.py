@@ -549,7 +549,7 @@ def test_of_equally_probable_tokens_top_k_and_greedy_keep_the_first_whoever_shar
 
 def test_only_the_row_whose_logits_are_not_finite_is_marked():
     logits = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
-    parameters = [SamplingParameters(temperature=temperature) for temperature in (0.0, 1.0, 0.0, 1.0)]
+    parameters = [SamplingParameters(temperature=temperature, top_p=0.9) for temperature in (0.0, 1.0, 0.0, 1.0)]
     clean = Sampler(parameters, [[]] * 4, 20, logits.device).pick(logits, [0.5] * 4)
     for value in ("nan", "inf"):
         broken = logits.clone()
@@ -676,7 +676,7 @@ def random_conversation(chance):
     for _ in range(chance.randint(0, 12)):
         role = chance.choice(("user", "user", "assistant", "assistant", "system"))
         messages.append({"role": role, "content": "".join(chance.choices(words, k=3))})
-    return [*messages, {"role": "user", "content": "最后"}]
+    return [*messages, {"role": chance.choice(("user", "assistant")), "content": "最后"}]
 
 
 def test_long_conversations_are_encoded_once_and_cut_as_if_encoded_for_each_exchange(tokenizer, monkeypatch):
@@ -696,7 +696,7 @@ def test_long_conversations_are_encoded_once_and_cut_as_if_encoded_for_each_exch
         system = messages[: messages[0]["role"] == "system"]
         rest = messages[len(system) :]
         for dropped in range(len(rest)):
-            if dropped and rest[dropped]["role"] != "user":
+            if dropped and rest[dropped]["role"] != "user" and dropped < len(rest) - 1:
                 continue
             ids = render_conversation(tokenizer, system + rest[dropped:], add_generation_prompt=True)[0]
             if len(ids) + min(wanted, context // 4) <= context:

@@ -52,6 +52,8 @@ def test_gradients_take_the_plain_product_and_names_stay():
     torch.testing.assert_close(linear.weight.grad, x.sum(dim=0).expand(20, -1))
     with torch.no_grad():
         linear(x)
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(x.bfloat16())
     assert list(linear.state_dict()) == ["weight"] and linear.packed is not None
     assert copy.deepcopy(linear.state_dict())["weight"].equal(linear.weight)
 
