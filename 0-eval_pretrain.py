@@ -30,32 +30,37 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation.questions import check_prompts, read_questions
+    from model.evaluation.questions import answer_each, check_prompts, read_questions
     from model.evaluation.scoring import measure_accuracy, print_accuracy, score_answer
     from model.inference.chat import print_stream
     from model.inference.open import open_engine
     from model.tokenizer import encode_text
 
     check_prompts(args.prompt or ())
-    given = [{"prompt": text} for text in args.prompt or OPENINGS]
+    given = [("--prompt", {"prompt": text}) for text in args.prompt or OPENINGS]
     rows = read_questions(args.prompt_file, "prompt") if args.prompt_file else given
     parameters = from_flags(SamplingParameters, args)
     engine, path = open_engine(from_flags(InferenceSettings, args), PRETRAINED_STAGES)
     print(f"{path}: {engine.description}")
 
     # Documents were trained as <s> text </s>, so a text to continue begins with <s>.
-    prompts = [[engine.tokenizer.bos_token_id, *encode_text(engine.tokenizer, row["prompt"])] for row in rows]
+    def prompt_ids(row):
+        return [engine.tokenizer.bos_token_id, *encode_text(engine.tokenizer, row["prompt"])]
 
-    if all("answer" in row for row in rows):
+    if all("answer" in row for _, row in rows):
         # What counts is how the sentence ends: the first one of the continuation.
         def is_right(row, text):
             return score_answer({**row, "q": row["prompt"]}, text.split("。")[0])
 
+        prompts = [prompt_ids(row) for _, row in rows]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters, is_right), args.json)
         return
-    for row, prompt in zip(rows, prompts):
+
+    def go_on(row):
         print(f"\n{row['prompt']}", end="", flush=True)
-        print_stream(engine, prompt, parameters)
+        print_stream(engine, prompt_ids(row), parameters)
+
+    answer_each(rows, go_on)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Talk to a chat model in the terminal: fixed questions, your own, or a conversation.
 
-Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the single-turn one; or --checkpoint.
+Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the single-turn one, else what
+`make quickstart` trained; or --checkpoint. The first line says which.
 
     python 2-eval.py                                           # the eight fixed questions, same seed, same answers
     python 2-eval.py --prompt "你是谁？" --temperature 0
-    python 2-eval.py --interactive                             # a conversation; /clear forgets it, /exit leaves
+    python 2-eval.py --interactive                             # a conversation; /help lists its commands
     python 2-eval.py --prompt_file dataset/heldout/facts.jsonl --json       # rows with answers: accuracy by task
 """
 
+import contextlib
+import importlib
 import sys
-from collections import deque
 
 from model.cli import add_inference_flags, from_flags, non_negative_int, script_parser
 from model.errors import UserError, run_main
@@ -19,6 +21,7 @@ QUESTIONS = (
     "你知道长江吗？", "第一颗人造卫星是哪个国家发射的？", "你知道泰山在哪里吗？", "世界上最高的山峰是什么？",
     "万有引力是谁提出的？", "你知道大熊猫的主要食物是什么吗？", "海水为什么是咸的？", "一星期有多少天？",
 )  # fmt: skip
+COMMANDS = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer, /help says this again"
 
 
 def parse_arguments():
@@ -37,15 +40,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if args.interactive and sys.stdin is None:
+        raise UserError("--interactive: there is no standard input to read questions from", exit_code=2)
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation.questions import check_prompts, read_questions
+    from model.data.conversations import message, parse_history
+    from model.evaluation.questions import answer_each, check_prompts, read_questions
     from model.evaluation.scoring import measure_accuracy, print_accuracy
-    from model.inference.chat import chat_prompt, print_answer
+    from model.inference.chat import chat_prompt, last_exchanges, print_answer
     from model.inference.open import open_engine
 
     check_prompts(args.prompt or ())
-    given = [{"q": question} for question in args.prompt or QUESTIONS]
+    given = [("--prompt", {"q": question}) for question in args.prompt or QUESTIONS]
     rows = read_questions(args.prompt_file, "q") if args.prompt_file else given
     parameters = from_flags(SamplingParameters, args)
     engine, path = open_engine(from_flags(InferenceSettings, args))
@@ -53,38 +59,50 @@ def main():
 
     if args.interactive:
         converse(engine, parameters, args.history)
-    elif all("answer" in row for row in rows):
-        histories = [deque(row.get("history") or [], args.history) for row in rows]
-        prompts = [chat_prompt(engine, history, row["q"], parameters) for history, row in zip(histories, rows)]
+    elif all("answer" in row for _, row in rows):
+        histories = [last_exchanges(parse_history(row.get("history")), args.history) for _, row in rows]
+        prompts = [chat_prompt(engine, history, row["q"], parameters) for history, (_, row) in zip(histories, rows)]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
     else:
-        asked = deque(maxlen=args.history or 0)
-        for row in rows:
-            history = deque(row["history"], args.history) if row.get("history") else asked
+        asked = []  # earlier questions and answers, as messages
+
+        def answer(row):
+            own = last_exchanges(parse_history(row.get("history")), args.history)
+            history = own or last_exchanges(asked, args.history or 0)
             print(f"\nQ: {row['q']}")
-            asked.append([row["q"], print_answer(engine, history, row["q"], parameters)])
+            text = print_answer(engine, history, row["q"], parameters)
+            asked.extend([message("user", row["q"]), message("assistant", text)])
+
+        answer_each(rows, answer)
 
 
 def converse(engine, parameters, remembered):
     """Questions from the terminal until /exit, Ctrl-D or Ctrl-C; Ctrl-C during an answer stops only the answer."""
-    from model.inference.chat import print_answer
+    from model.data.conversations import message
+    from model.inference.chat import last_exchanges, print_answer
 
     sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
-    print("/clear forgets the conversation, /exit leaves")
-    history = deque(maxlen=remembered)
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # input() then edits whole characters and remembers earlier lines
+    print(COMMANDS)
+    history = []
     while True:
+        print()
         try:
-            question = input("\nQ: ").strip()
+            question = input("Q: ").strip()
         except (EOFError, KeyboardInterrupt):
-            question = "/exit"
             print()
+            return
         if question == "/exit":
             return
         if question == "/clear":
-            history.clear()
+            history = []
+        elif question == "/help":
+            print(COMMANDS)
         elif question:
             try:
-                history.append([question, print_answer(engine, history, question, parameters)])
+                text = print_answer(engine, last_exchanges(history, remembered), question, parameters)
+                history += [message("user", question), message("assistant", text)]
             except KeyboardInterrupt:
                 print(" (stopped)")
             except UserError as error:

@@ -4,11 +4,13 @@
     python benchmarks/decoding.py --compile
 
 One request of 32 prompt tokens, then 16 requests together, in float32 and bfloat16. They take turns in one process, so
-that a busy machine disturbs them alike; the median counts. The last line is JSON: new tokens per second, and the ratios.
+that a busy machine disturbs them alike; the median counts. With --compile our engine is timed both ways. The last line is
+JSON: the processor, new tokens per second, and the ratios.
 """
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -76,6 +78,16 @@ def median_rates(functions, prompts, new_tokens, repeats):
     return {name: len(prompts) * new_tokens / statistics.median(values) for name, values in seconds.items()}
 
 
+def cpu_name(threads):
+    """The processor's name, which of the units that matter here it has, and how many threads are in use."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text("utf-8").splitlines() if known.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in fields.get("flags", "").split()]
+    family = f" (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else ""
+    return f"{fields.get('model name') or platform.processor()}{family}, {' '.join(units)}, {threads} threads"
+
+
 def main():
     args = parse_arguments()
     import torch
@@ -102,7 +114,7 @@ def main():
                 name: round(rate / measured["stock"], 3) for name, rate in measured.items() if name != "stock"
             }
             print(f"{label:22s} " + "  ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in measured.items()))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(torch.get_num_threads())
     print(json.dumps({"device": name, "tokens_per_second": rates, "ratio_to_stock": ratios}))
 
 

@@ -23,6 +23,8 @@ def select_device(flag="auto"):
         device = torch.device(flag)
     except RuntimeError:
         raise UserError(f"--device {flag}: not a device; use auto, cpu, cuda, cuda:N or mps", exit_code=2) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {flag}: not supported; use auto, cpu, cuda, cuda:N or mps", exit_code=2)
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
         if not torch.cuda.is_available() or index >= torch.cuda.device_count():
@@ -60,6 +62,11 @@ def check_compiler(device):
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")
     if device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise UserError("--compile: needs a C++ compiler (apt install g++), found none; or leave the flag out")
+
+
+def is_out_of_memory(error):
+    """Whether the exception `error` says that memory ran out: Python's, CUDA's or torch's on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def autocast(device, dtype):

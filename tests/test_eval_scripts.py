@@ -1,8 +1,11 @@
 """0-eval_pretrain.py and 2-eval.py: they find checkpoints, answer, score, converse, and say clearly what is wrong."""
 
+import gzip
 import io
 import json
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -147,6 +150,79 @@ def test_cloze_rows_give_accuracy(run, tmp_path):
     assert code == 0 and json.loads(out.splitlines()[-1])["questions"] == 1, err
 
 
+def test_a_question_too_long_is_named_after_the_others_are_answered(run, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    for script, field in (("2-eval.py", "q"), ("0-eval_pretrain.py", "prompt")):
+        rows = [{field: "你好"}, {field: "字" * 200}, {field: "再见"}]
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        code, out, err = run(script, "--prompt_file", path)
+        assert code == 1 and "(not answered)" in out and out.index("(not answered)") < out.index("再见")
+        failed((code, out, err), "1 of 3 questions not answered", f"{path}:2: the prompt has 2", "context only 64")
+        path.write_text("\n".join(json.dumps({**row, "answer": "x"}) for row in rows), encoding="utf-8")
+        code, out, err = run(script, "--prompt_file", path, "--json")
+        assert code == 0 and json.loads(out.splitlines()[-1])["questions"] == 3
+        assert f"{path}:2: the prompt has 2" in err and "counted as wrong" in err
+
+
+def test_histories_are_asked_in_every_form_and_limited(run, monkeypatch, tmp_path):
+    seen, path = prompts_seen(monkeypatch), tmp_path / "questions.jsonl"
+    pairs = [{"role": "system", "content": "短"}, ["一", "二"], ["三", "四"]]
+    for answer in ({}, {"answer": "x"}):
+        rows = [{"q": "五", "history": history, **answer} for history in (pairs, json.dumps(pairs), None, "", [])]
+        path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+        for limit, asked in ((), "一二三四"), (("--history", 1), "三四"), (("--history", 0), ""):
+            seen.clear()
+            assert run("2-eval.py", "--prompt_file", path, "--max_new_tokens", "1", *limit)[0] == 0
+            with_history = sorted(seen, key=len)[-2:] if answer else seen[:2]
+            for text in with_history:
+                turns = [turn.split("\n")[1] for turn in text.split("<s>")[1:-1]]
+                assert turns == [f"{word}</s>" for word in ("短", *asked, "五")], (limit, turns)
+
+
+def test_an_answer_that_was_cut_says_where(run):
+    assert run("2-eval.py", "--prompt", "你好", "--max_new_tokens", "2")[1].endswith(" …(cut at --max_new_tokens 2)\n")
+    long = run("2-eval.py", "--prompt", "字" * 40, "--max_new_tokens", "99")[1]
+    assert long.endswith(" …(cut at the context's 64 tokens)\n")
+
+
+def test_after_quickstart_its_model_is_found_without_flags(monkeypatch, capsys, out_dir, tmp_path):
+    def first_line(script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, "--out_dir", str(tmp_path), "--prompt", "好", *COMMON[4:], *flags])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        captured = capsys.readouterr()
+        return captured.out.splitlines()[0].split(": ")[0] if caught.value.code == 0 else captured.err
+
+    def copy(stage, target):
+        (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".pth", ".json"):
+            shutil.copy(out_dir / f"{stage}_32{suffix}", tmp_path / f"{target}_32{suffix}")
+
+    copy("pretrain", "quickstart/pretrain")
+    assert first_line("0-eval_pretrain.py") == str(tmp_path / "quickstart/pretrain_32.pth")
+    assert "run 3-full_sft.py --multi first" in first_line("2-eval.py")
+    copy("single_chat/full_sft", "quickstart/single_chat/full_sft")
+    assert first_line("2-eval.py") == str(tmp_path / "quickstart/single_chat/full_sft_32.pth")
+    copy("multi_chat/full_sft", "quickstart/multi_chat/full_sft")
+    (tmp_path / "quickstart/multi_chat/full_sft_32.resume.pth").touch()
+    assert first_line("2-eval.py") == str(tmp_path / "quickstart/multi_chat/full_sft_32.pth")
+    assert "no such checkpoint" in first_line("2-eval.py", "--dim", "64"), "a shape that is asked for is not another"
+    copy("single_chat/full_sft", "single_chat/full_sft")
+    assert first_line("2-eval.py") == str(tmp_path / "single_chat/full_sft_32.pth")
+
+
+def test_a_pretrained_checkpoint_in_a_chat_gives_a_hint(run, out_dir, tmp_path):
+    folder = tmp_path / "with blank"
+    folder.mkdir()
+    for suffix in (".pth", ".json"):
+        shutil.copy(out_dir / f"pretrain_32{suffix}", folder)
+    path = folder / "pretrain_32.pth"
+    code, out, err = run("2-eval.py", "--checkpoint", path, "--prompt", "好")
+    assert code == 0 and f"python 0-eval_pretrain.py --checkpoint '{path}'" in err
+    assert "0-eval" not in run("0-eval_pretrain.py", "--checkpoint", path, "--prompt", "好")[2]
+    assert "0-eval" not in run("2-eval.py", "--prompt", "好")[2]
+
+
 def test_a_text_file_of_questions_is_answered_line_by_line(run, tmp_path):
     path = tmp_path / "questions.txt"
     path.write_text("\ufeff你好\n\n再见\r\n", encoding="utf-8")
@@ -184,6 +260,19 @@ def test_a_conversation_remembers_clears_and_leaves_cleanly(run, monkeypatch):
     )
     for leave in (EOFError(), KeyboardInterrupt()):
         assert run("2-eval.py", "--interactive", stdin=(leave,))[0] == 0
+    assert run("2-eval.py", "--interactive", stdin=("/help",))[1].count("/clear forgets the conversation, /exit") == 2
+
+
+def test_interactive_without_standard_input():
+    command = ["sh", "-c", f"exec {shlex.quote(sys.executable)} 2-eval.py --interactive <&-"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert_one_line_error(process, "--interactive: there is no standard input", code=2)
+
+
+def test_a_huge_seed_and_a_temperature_next_to_nothing(run):
+    answers = {run("2-eval.py", "--temperature", value)[1] for value in ("0", "1e-39", "1e-320")}
+    assert len(answers) == 1
+    assert run("2-eval.py", "--prompt", "好", "--seed", 2**70)[0] == 0
 
 
 def test_history_zero_forgets_and_the_oldest_turns_go_first(run, monkeypatch):
@@ -232,7 +321,10 @@ def test_bad_input_gets_one_line(run, tmp_path, out_dir):
         failed(run(script, "--tokenizer_path", tmp_path), "tokenizer")
         failed(run(script, "--top_p", "0"), "top_p", code=2)
         failed(run(script, "--rope_scaling", "yarn"), "--max_seq_len", code=2)
-        failed(run(script, "--device", "cuda:77"), "--device")
+        failed(run(script, "--device", "cuda:77"), "--device cuda:77")
+        for device in ("meta", "xpu", "vulkan", "none"):
+            failed(run(script, "--device", device), f"--device {device}: not", "use auto, cpu", code=2)
+        failed(run(script, "--max_seq_len", 10**12, "--rope_scaling", "yarn"), f"{10**12}: needs ", " GB")
         failed(run(script, "--prompt_file", tmp_path / "none.txt"), "none.txt: no such file")
 
 
@@ -244,6 +336,12 @@ def test_bad_input_gets_one_line(run, tmp_path, out_dir):
         ("a.jsonl", b'{"q": "x"}\n{"q": \n', "a.jsonl:2: not JSON"),
         ("a.jsonl", b'{"question": "x"}\n', 'a.jsonl:1: has no text "q"'),
         ("a.jsonl", b'{"q": "x", "history": ["y"]}\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"q": "x", "history": "[[1, 2]]"}\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"q": "x", "history": {"y": "z"}}\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"q": "x", "history": ' + b"[" * 100_000 + b"}\n", "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"q": "x", "history": "' + b"[" * 100_000 + b'"}\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"q": "x", "history": [["\\udc00", "y"]]}\n', "a.jsonl:1: half a surrogate pair"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "x"}\n' * 9)[:-5], "a.jsonl.gz: the compressed data is damaged or cut"),
         ("a.jsonl", b'{"q": "x", "answer": 3}\n', "a.jsonl:1"),
     ],
 )

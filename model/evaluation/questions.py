@@ -8,7 +8,7 @@ from model.errors import UserError
 
 
 def read_questions(path, question):
-    """The rows of a .jsonl file, dicts with the text field `question`, or the lines of a text file as such rows.
+    """[("file:line", row), ...] of a .jsonl file, dicts with the text field `question`, or of the lines of a text file.
 
     Raises UserError naming file and line for a row that cannot be read, and for a file without any question.
     """
@@ -18,7 +18,7 @@ def read_questions(path, question):
             way_out = "convert the file, or remove the line" if problem == "not UTF-8" else "expected one object a line"
             raise UserError(f"{place}: {problem}; {way_out}")
         check_row(row, question, place)
-        rows.append(row)
+        rows.append((place, row))
     if not rows:
         raise UserError(f"{path}: no question in it; write one a line")
     return rows
@@ -51,6 +51,22 @@ def check_row(row, question, place):
     for field in ("task", "entity"):
         if not isinstance(row.get(field) or "", str):
             raise UserError(f'{place}: "{field}" must be text')
+
+
+def answer_each(rows, answer):
+    """answer(row) for each (place, row). What a UserError says of one is kept until all others are answered; then the
+    first of them is raised again with its place."""
+    problems = []
+    for place, row in rows:
+        try:
+            answer(row)
+        except UserError as error:
+            print("(not answered)")
+            problems.append((f"{place}: {error}", error.exit_code))
+    if problems:
+        first, exit_code = problems[0]
+        count = f"{len(problems)} of {len(rows)} questions not answered; " if len(rows) > 1 else ""
+        raise UserError(count + first, exit_code)
 
 
 def is_text(value):

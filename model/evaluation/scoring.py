@@ -6,6 +6,8 @@ import json
 import re
 import unicodedata
 
+from model.errors import UserError, tell
+
 NUMBER = re.compile(r"(?<![a-z\d])(?<!\d\.)\d+(?:\.\d+)?")  # not the 2 of H2O
 WHOLE_START = r"(?<![A-Za-z](?=[A-Za-z]))(?<!\d(?=\d))(?<!\d\.(?=\d))"  # not in the middle of a word or number
 WHOLE_END = r"(?![A-Za-z])(?!\.?\d)"
@@ -49,16 +51,29 @@ def mentions(text, names):
 def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):
     """Answer `prompts` (token ids) greedily, together; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
 
-    Row i's answer is right when is_right(rows[i], text); rows with a "task" are also counted by task.
+    rows: (place, row) for each prompt. An answer is right when is_right(row, text); rows with a "task" are also counted
+    by task. A prompt that the engine refuses is told on stderr with its place and counted as answered wrong. Raises
+    UserError when the engine fails: that is no answer, right or wrong.
     """
     from tqdm import tqdm
 
-    greedy = dataclasses.replace(parameters, temperature=0.0)
-    with tqdm(total=len(prompts), unit="question", disable=None) as bar:
-        requests = engine.generate(prompts, greedy, on_finish=lambda request: bar.update())
-    right = [bool(is_right(row, request.text)) for row, request in zip(rows, requests)]
+    greedy, asked = dataclasses.replace(parameters, temperature=0.0), []
+    for index, (place, _) in enumerate(rows):
+        try:
+            engine.check_prompt(prompts[index])
+            asked.append(index)
+        except UserError as error:
+            tell(f"{place}: {error}; counted as wrong")
+    with tqdm(total=len(asked), unit="question", disable=None) as bar:
+        requests = engine.generate([prompts[index] for index in asked], greedy, on_finish=lambda request: bar.update())
+    right = [False] * len(rows)
+    for index, request in zip(asked, requests):
+        place, row = rows[index]
+        if request.finish_reason == "error":
+            raise UserError(f"{place}: {request.error}")
+        right[index] = bool(is_right(row, request.text))
     by_task = collections.defaultdict(list)
-    for row, is_one in zip(rows, right):
+    for (_, row), is_one in zip(rows, right):
         if row.get("task"):
             by_task[row["task"]].append(is_one)
     tasks = {task: sum(some) / len(some) for task, some in by_task.items()}

@@ -4,16 +4,18 @@ et al. 2022, Orca).
 Shape letters: B rows, V vocabulary.
 """
 
+import itertools
 import random
 from collections import deque
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
-from model.device import check_compiler
+from model.device import check_compiler, is_out_of_memory
 from model.errors import UserError
-from model.inference.cpu_kernels import install, one_row_kernels
+from model.inference.kernels import install
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler
 from model.settings import SamplingParameters
@@ -23,7 +25,8 @@ from model.tokenizer import StreamDecoder
 @dataclass
 class Delta:
     """What one step added to one request: text ("" while a character or a possible stop string is incomplete), token
-    ids, and on the last delta finish_reason "stop" (stop token or string) or "length"."""
+    ids, and on the last delta finish_reason "stop" (stop token or string), "length" (max_new_tokens or the context is
+    full) or "error" (request.error says what went wrong)."""
 
     request: "Request"
     text: str
@@ -32,12 +35,13 @@ class Delta:
 
 
 class Request:
-    """One prompt on its way to an answer, and the answer so far: .token_ids, .text, .finish_reason (None: not done)."""
+    """One prompt on its way to an answer, and the answer so far: .token_ids, .text, .finish_reason (None: not done; else
+    as in Delta, or "cancelled", which has no Delta), .error (one line when that is "error")."""
 
     def __init__(self, prompt_ids, parameters, stop_token_ids, limit, tokenizer):
         self.prompt_ids, self.parameters = prompt_ids, parameters
         self.stop_token_ids, self.limit = stop_token_ids, limit
-        self.token_ids, self.text, self.finish_reason = [], "", None
+        self.token_ids, self.text, self.finish_reason, self.error = [], "", None, None
         self.random = random.Random(parameters.seed)
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.held_back = ""
@@ -61,6 +65,11 @@ class Request:
         self.finish_reason = reason
         return Delta(self, text, [] if stopped else [token], reason)
 
+    def fail(self, error):
+        """End without an answer, or in the middle of one; returns the Delta that says so."""
+        self.finish_reason, self.error = "error", error
+        return Delta(self, "", [], "error")
+
     def possible_stop(self, text):
         """Where in `text` a stop string may begin that the next tokens would complete; len(text) if nowhere."""
         stops = self.parameters.stop_strings
@@ -72,12 +81,15 @@ class Engine:
     """Runs requests through one model. add() queues a request, each step() gives every running one a token.
 
     Rows 0 .. n-1 of the cache belong to the n running requests; when one leaves, the last row moves into its place, so
-    that each forward pass computes no empty row. Not thread-safe: one thread owns an engine.
+    that each forward pass computes no empty row. Which requests share a pass changes an answer in bfloat16 and float16 by
+    their rounding only, and in float32 not at all (see SamplingParameters.seed). Not thread-safe: one thread owns an
+    engine.
 
     model: a Transformer, left in evaluation mode. tokenizer: needed for text and stop strings, not for token ids.
     max_batch: how many requests run at once; others wait their turn. max_length: most tokens of prompt and answer
     together, default config.max_seq_len: past it the model meets positions that it was never trained on. compile:
-    torch.compile the decoding step, once for each doubling of the rows in use.
+    torch.compile the decoding step, on CUDA once for each doubling of the rows in use, on a CPU only that of a single
+    row: more are faster with packed weights.
     """
 
     PREFILL_CHUNK = 512  # prompt tokens per forward pass: bounds the memory of long prompts
@@ -87,17 +99,35 @@ class Engine:
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache = self.sampler = self.compiled = None
+        self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
+        if not self.has_memory_for(1):
+            size = KVCache.bytes_needed(model.config, 1, self.max_length, model.dtype) / 1e9
+            raise UserError(f"--max_seq_len {self.max_length}: needs {size:,.1f} GB, more than is free; shorten it")
         if compile:
             check_compiler(model.device)
-            mode = "reduce-overhead" if model.device.type == "cuda" else "default"  # the former: one CUDA graph a step
+            mode = "reduce-overhead" if self.uses_graphs else "default"
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
     def add(self, prompt_ids, parameters=SamplingParameters()):
-        """Queue a prompt (token ids) and return its Request.
+        """Queue a prompt (token ids) and return its Request. Raises what check_prompt does."""
+        request = self.new_request(prompt_ids, parameters)
+        self.waiting.append(request)
+        return request
 
-        Raises UserError for an empty prompt, ids outside the vocabulary, or a prompt that fills the whole context.
-        """
-        prompt_ids, vocab_size = list(prompt_ids), self.model.config.vocab_size
+    def new_request(self, prompt_ids, parameters):
+        """A Request that is not queued yet."""
+        prompt_ids = list(prompt_ids)
+        self.check_prompt(prompt_ids)
+        if parameters.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings need an Engine with a tokenizer")
+        stop = parameters.stop_token_ids
+        stop = {self.model.config.eos_token_id} if stop is None else set(stop)
+        limit = min(parameters.max_new_tokens, self.max_length - len(prompt_ids))
+        return Request(prompt_ids, parameters, stop, limit, self.tokenizer)
+
+    def check_prompt(self, prompt_ids):
+        """Raise UserError for an empty prompt, ids outside the vocabulary, or a prompt that fills the whole context."""
+        vocab_size = self.model.config.vocab_size
         if not prompt_ids:
             raise UserError("the prompt is empty: give the model at least one token to go on from", exit_code=2)
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
@@ -105,14 +135,6 @@ class Engine:
         if len(prompt_ids) >= self.max_length:
             problem = f"the prompt has {len(prompt_ids)} tokens but the context only {self.max_length}"
             raise UserError(f"{problem}: shorten it, or raise --max_seq_len with --rope_scaling yarn")
-        if parameters.stop_strings and self.tokenizer is None:
-            raise ValueError("stop_strings need an Engine with a tokenizer")
-        stop = parameters.stop_token_ids
-        stop = {self.model.config.eos_token_id} if stop is None else set(stop)
-        limit = min(parameters.max_new_tokens, self.max_length - len(prompt_ids))
-        request = Request(prompt_ids, parameters, stop, limit, self.tokenizer)
-        self.waiting.append(request)
-        return request
 
     @property
     def description(self):
@@ -127,59 +149,88 @@ class Engine:
         return bool(self.running or self.waiting)
 
     def cancel(self, request):
-        """Drop a request, waiting or running; one that is done already is left as it is."""
-        if request in self.waiting:
-            self.waiting.remove(request)
-        elif request in self.running:
-            self.release([request])
+        """End a request, waiting or running, with finish_reason "cancelled"; one that is done stays as it is."""
+        if request.finish_reason is None:
+            if request in self.running:
+                self.release([request])
+            else:
+                self.waiting.remove(request)
+            request.finish_reason = "cancelled"
 
     @torch.inference_mode()
     def step(self):
-        """One token for every running request, waiting ones admitted first; returns a list of Delta."""
-        older, logits = len(self.running), []
-        admitted = [self.waiting.popleft() for _ in range(min(len(self.waiting), self.max_batch - older))]
+        """One token for every running request, waiting ones admitted first; returns a list of Delta.
+
+        A request for which memory runs out while it is being admitted, or whose logits are not finite, ends with an
+        "error" and the others go on as if it had never been there. Any other exception is raised; it ends those that
+        were being admitted, while the running ones could go on.
+        """
+        older, logits, deltas = len(self.running), [], []
+        admitted = list(itertools.islice(self.waiting, self.max_batch - older))
         if admitted:
-            try:  # before the others' turn: a prompt that fails leaves them as they were
+            try:
                 logits.append(self.prefill(admitted))
-            except BaseException:
-                del self.running[older:]
-                raise
+            except Exception as error:
+                deltas, admitted = self.reject(admitted, error), []
+                if not is_out_of_memory(error):
+                    raise
         if older:
             logits.insert(0, self.decode(older))
-        if not logits:
-            return []
-        if self.sampler is None:
-            histories = [request.prompt_ids + request.token_ids for request in self.running]
-            parameters = [request.parameters for request in self.running]
-            self.sampler = Sampler(parameters, histories, self.model.config.vocab_size, logits[0].device)
-        uniforms = [1.0 - request.random.random() for request in self.running]
-        tokens = self.sampler.pick(logits[0] if len(logits) == 1 else torch.cat(logits), uniforms)
-        deltas = [request.accept(token) for request, token in zip(self.running, tokens)]
-        self.release([request for request in self.running if request.finish_reason])
+        running = self.running + admitted
+        if not running:
+            return deltas
+        sampler = self.sampler if self.sampler is not None and not admitted else self.new_sampler(running)
+        uniforms = [1.0 - request.random.random() for request in running]
+        tokens = sampler.pick(logits[0] if len(logits) == 1 else torch.cat(logits), uniforms)
+
+        # Only now that nothing can fail any more do the admitted ones run, and the others have one token more.
+        for request in admitted:
+            self.waiting.remove(request)
+        self.running, self.sampler = running, sampler
+        self.cache.rows(0, older).advance(1)
+        damaged = "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
+        deltas += [
+            request.fail(damaged) if token < 0 else request.accept(token) for request, token in zip(running, tokens)
+        ]
+        self.release([request for request in running if request.finish_reason])
         return deltas
+
+    def reject(self, requests, error):
+        """Take `requests` from the queue because of the exception `error`; returns their Deltas."""
+        reason = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            count = f"{len(requests)} more requests" if len(requests) > 1 else "one more request"
+            reason = (
+                f"no memory for {count} of up to {self.max_length} tokens: ask fewer at once, or shorten --max_seq_len"
+            )
+        for request in requests:
+            self.waiting.remove(request)
+        return [request.fail(reason) for request in requests]
+
+    def new_sampler(self, requests):
+        """A Sampler of the rows of `requests`."""
+        histories = [request.prompt_ids + request.token_ids for request in requests]
+        parameters = [request.parameters for request in requests]
+        return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device)
 
     def decode(self, rows):
         """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
         last = [[request.token_ids[-1]] for request in self.running[:rows]]
-        cache = self.cache.rows(0, rows) if rows < self.cache.batch else self.cache
-        if self.compiled is not None:
-            # All rows of the cache, also the unused ones: their number is part of the shape that was compiled.
-            last = torch.tensor(last + [[0]] * (self.cache.batch - rows), device=self.model.device)
-            with self.cache.with_fixed_shapes():
-                logits = self.compiled(last, kv_cache=self.cache).logits[:rows, -1]
-        else:
-            with one_row_kernels(rows, self.model):
-                logits = self.model(torch.tensor(last, device=self.model.device), kv_cache=cache).logits[:, -1]
-        cache.advance(1)
-        return logits
+        cache, device = self.cache.rows(0, rows), self.model.device
+        if self.compiled is None or (rows > 1 and not self.uses_graphs):
+            return self.model(torch.tensor(last, device=device), kv_cache=cache).logits[:, -1]
+        if self.uses_graphs:  # all rows of the cache, also the unused ones: their number is part of what was compiled
+            cache = self.cache
+        last = torch.tensor(last + [[0]] * (cache.batch - rows), device=device)
+        with cache.with_fixed_shapes():
+            return self.compiled(last, kv_cache=cache).logits[:rows, -1]
 
     def prefill(self, requests):
-        """Give `requests` rows, run their prompts through the model together; logits [B, V] of their first tokens."""
+        """Run the prompts of `requests` through the model together, into the rows behind the running ones; logits [B, V]
+        of their first tokens."""
         first, device = len(self.running), self.model.device
-        self.running += requests
-        self.sampler = None
-        self.reserve_rows(len(self.running))
-        cache = self.cache.rows(first, len(self.running))
+        self.reserve_rows(first + len(requests))
+        cache = self.cache.rows(first, first + len(requests))
         cache.lengths.zero_()
         prompts = [torch.tensor(request.prompt_ids) for request in requests]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -192,22 +243,28 @@ class Engine:
             goes_on = (lengths > start).to(device)[:, None]
             result = logits if result is None else torch.where(goes_on, logits, result)
         cache.lengths.copy_(lengths)
-        if not torch.isfinite(result).all():
-            reasons = "the checkpoint is damaged, or --dtype is too narrow for it"
-            raise UserError(f"the model's output is not finite: {reasons}")
         return result
 
+    def has_memory_for(self, rows):
+        """Whether a cache of so many rows can be held. Linux grants more than it has and ends the process later."""
+        config, device = self.model.config, self.model.device
+        on_gpu = device.type == "cuda"
+        limit = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().available
+        return KVCache.bytes_needed(config, rows, self.max_length, self.model.dtype) <= limit
+
     def reserve_rows(self, rows):
-        """Make the cache hold at least `rows` rows; the number doubles, so a single request pays for one row only."""
+        """Make the cache hold at least `rows` rows; the number doubles, so a single request pays for one row only.
+        Raises MemoryError, or torch's own error, and then leaves the cache as it was."""
         if self.cache is not None and self.cache.batch >= rows:
             return
         batch = min(self.max_batch, max(rows, 2 * self.cache.batch if self.cache else 1))
-        embeddings = self.model.tok_embeddings.weight
-        larger = KVCache(self.model.config, batch, self.max_length, embeddings.dtype, embeddings.device)
+        if not self.has_memory_for(batch):
+            raise MemoryError
+        larger = KVCache(self.model.config, batch, self.max_length, self.model.dtype, self.model.device)
         if self.cache is not None:
             larger.copy_rows(self.cache)
         self.cache = larger
-        if self.compiled is not None:  # a CUDA graph writes into these very tensors; others it would copy in every step
+        if self.compiled is not None and self.uses_graphs:  # it writes into these very tensors; others would be copied
             for storage in (*larger.keys, *larger.values):
                 torch._dynamo.mark_static_address(storage)
 
@@ -216,6 +273,8 @@ class Engine:
         """Free the rows of `requests`; rows behind them move up."""
         for request in requests:
             row, last = self.running.index(request), self.running.pop()
+            if request.finish_reason == "error":
+                self.cache.clear_row(row)
             if last is not request:
                 self.cache.move_row(len(self.running), row)
                 self.running[row] = last
@@ -231,16 +290,16 @@ class Engine:
             self.cancel(request)
 
     def generate(self, prompts, parameters=SamplingParameters(), on_finish=None):
-        """Complete a list of prompts (lists of token ids); returns their finished Requests in the same order.
+        """Complete a list of prompts (lists of token ids); returns their Requests in the same order, all of them done:
+        look at finish_reason. Raises what check_prompt does, for any of them before the first one runs.
 
-        parameters: one for all, or a list with one each. on_finish(request) is called as each one is done.
+        parameters: one for all, or a list with one each. on_finish(request) is called as each one ends by itself.
         """
         each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else parameters
-        requests = [None] * len(prompts)
+        requests = [self.new_request(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]
+        # Neighbours in length share a prefill, so that little of it is padding.
+        self.waiting.extend(sorted(requests, key=lambda request: len(request.prompt_ids)))
         try:
-            # Neighbours in length share a prefill, so that little of it is padding.
-            for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
-                requests[index] = self.add(prompts[index], each[index])
             while any(request.finish_reason is None for request in requests):
                 for delta in self.step():
                     if delta.finish_reason and on_finish is not None:

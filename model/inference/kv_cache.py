@@ -4,6 +4,7 @@ Shape letters: B rows, T new tokens, K keys, G key/value heads, D head size.
 """
 
 import contextlib
+import math
 
 import torch
 
@@ -17,12 +18,21 @@ class KVCache:
     """
 
     def __init__(self, config, batch, capacity, dtype=torch.float32, device="cpu"):
-        shape = (batch, config.n_kv_heads, capacity, config.head_dim)
+        shape = self.shape(config, batch, capacity)
         # Zeros, not empty: a masked slot has weight 0 in attention, and 0 times a leftover NaN would be NaN.
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.lengths = torch.zeros(batch, dtype=torch.long)  # on the host, so that looking at it never waits for a GPU
         self.past, self.fixed_shapes = 0, False
+
+    @staticmethod
+    def shape(config, batch, capacity):
+        return (batch, config.n_kv_heads, capacity, config.head_dim)
+
+    @classmethod
+    def bytes_needed(cls, config, batch, capacity, dtype):
+        """Size of a cache with these arguments."""
+        return 2 * config.n_layers * math.prod(cls.shape(config, batch, capacity)) * dtype.itemsize
 
     @property
     def batch(self):
@@ -83,6 +93,11 @@ class KVCache:
         for storage in (*self.keys, *self.values):
             storage[target, :, :length] = storage[source, :, :length]
         self.lengths[target] = length
+
+    def clear_row(self, row):
+        """Zeros into row `row`, which may hold NaN."""
+        for storage in (*self.keys, *self.values):
+            storage[row].zero_()
 
     def copy_rows(self, other):
         """Copy the rows of a smaller cache of the same capacity into the first rows of this one."""

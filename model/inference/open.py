@@ -1,25 +1,28 @@
 """From InferenceSettings to a running Engine: which checkpoint, on what device, in which number format."""
 
-from model.build import requested_config, required_fields
+import shlex
+from pathlib import Path
+
+from model.build import SHAPE_FIELDS, explicit_fields, requested_config, required_fields
 from model.checkpoint import check_tokenizer, find_checkpoint, load_model, read_metadata
 from model.device import select_device, select_dtype
 from model.errors import UserError, tell
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
-from model.stages import CHAT_STAGES
+from model.stages import CHAT_STAGES, PRETRAINED_STAGES
 from model.tokenizer import load_tokenizer
 
 
 def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
     """(Engine, path of its checkpoint) as InferenceSettings ask.
 
-    Without a checkpoint in them the first of `stages` (names of model.stages) that has a file for the shape asked for.
-    Raises UserError when there is none, when shape or tokenizer do not fit, or for a device that is not there.
+    Without a checkpoint in them the one that latest_checkpoint finds for `stages`. Raises UserError when there is none,
+    when shape or tokenizer do not fit, for a device that is not there, and for a context that memory cannot hold.
     """
     device = select_device(settings.device)
     dtype = select_dtype(settings.dtype, device)
     fields = required_fields(settings)
-    path = settings.checkpoint or find_checkpoint(settings.out_dir, stages, requested_config(settings), "--checkpoint")
+    path = settings.checkpoint or latest_checkpoint(settings, stages)
     trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
     length = settings.max_seq_len or 0
     if settings.rope_scaling:
@@ -31,4 +34,25 @@ def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
     model, metadata = load_model(path, **fields)
     tokenizer = load_tokenizer(settings.tokenizer_path)
     check_tokenizer(tokenizer, path, model, metadata)
+    if metadata.get("stage") in PRETRAINED_STAGES and metadata["stage"] not in stages:
+        command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
+        tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
     return Engine(model.to(device, dtype), tokenizer, compile=settings.compile, **engine_arguments), path
+
+
+def latest_checkpoint(settings, stages):
+    """The first of `stages` (names of model.stages) that has a checkpoint of the shape asked for in settings.out_dir.
+
+    When no shape is asked for, the newest of another shape will do, and then what quickstart.py wrote. Raises UserError.
+    """
+    try:
+        return find_checkpoint(settings.out_dir, stages, requested_config(settings), "--checkpoint")
+    except UserError:
+        if settings.preset or any(name in SHAPE_FIELDS for name in explicit_fields(settings)):
+            raise
+        for folder in (Path(settings.out_dir), Path(settings.out_dir, "quickstart")):
+            for stage in stages:
+                found = [path for path in folder.glob(f"{stage}_*.pth") if path.with_suffix("").suffix != ".resume"]
+                if found:
+                    return max(found, key=lambda path: path.stat().st_mtime)
+        raise

@@ -4,24 +4,28 @@ import torch
 
 from model.settings import SamplingParameters as SamplingParameters  # for those who import it from here
 
+COLDEST = 1e-5  # a lower temperature picks what greedy decoding picks, and dividing by it would overflow
+
 
 class Sampler:
     """The sampling parameters of the rows of a batch as tensors: what is the same in every step is prepared once."""
 
     def __init__(self, parameters, histories, vocab_size, device):
         """parameters: a SamplingParameters per row; histories: the token ids each row has seen, prompt and answer."""
+        self.precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
-        def column(name):
-            return torch.tensor([[float(getattr(row, name))] for row in parameters], device=device)
+        def column(name, dtype=torch.float32):
+            values = [[float(getattr(row, name))] for row in parameters]
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        self.all_greedy = all(row.temperature == 0 for row in parameters)
-        self.greedy = column("temperature")[:, 0] == 0
+        greedy = [row.temperature < COLDEST for row in parameters]
+        self.all_greedy, self.greedy = all(greedy), torch.tensor(greedy, device=device)
         self.temperature = column("temperature").masked_fill(self.greedy[:, None], 1.0)
-        top_k = [row.top_k if 0 < row.top_k < vocab_size and row.temperature > 0 else vocab_size for row in parameters]
-        self.largest_k = max(top_k)
-        self.top_k = torch.tensor(top_k, device=device)[:, None] if min(top_k) < self.largest_k else None
-        self.top_p = column("top_p") if any(row.top_p < 1 for row in parameters) else None
-        self.sorted = self.largest_k < vocab_size or self.top_k is not None or self.top_p is not None
+        limits = [min(row.top_k or vocab_size, vocab_size) for row in parameters]
+        sampled = [limit for limit, cold in zip(limits, greedy) if not cold] or [vocab_size]
+        self.largest_k, self.top_k = max(sampled), torch.tensor(limits, device=device)[:, None].clamp(max=max(sampled))
+        self.top_p = column("top_p", self.precise) if any(row.top_p < 1 for row in parameters) else None
+        self.everything = min(sampled) == vocab_size and self.top_p is None
         self.penalty = self.seen = None
         if any(row.repetition_penalty != 1 for row in parameters):
             self.penalty = column("repetition_penalty")
@@ -36,33 +40,48 @@ class Sampler:
         return torch.where(self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
 
     def distribution(self, logits):
-        """Penalised logits [B, V] -> probabilities [B, V], 0 where excluded; they need not sum to one."""
+        """Penalised logits [B, V] -> probabilities [B, V], exactly 0 where excluded."""
         scaled = logits / self.temperature
-        if not self.sorted:
-            return scaled.softmax(dim=-1)
-        scaled, tokens = scaled.topk(self.largest_k, dim=-1)
-        if self.top_k is not None:
-            rank = torch.arange(self.largest_k, device=logits.device)
-            scaled = scaled.masked_fill(rank >= self.top_k, float("-inf"))
-        probabilities = scaled.softmax(dim=-1)
+        if not self.everything:
+            scaled = scaled.masked_fill(~self.kept(scaled), float("-inf"))
+        return scaled.softmax(dim=-1)
+
+    def kept(self, scaled):
+        """bool [B, V]: the top_k largest of each row of `scaled` [B, V], of them the nucleus; of equals the first.
+
+        Decided by the values alone, not by an order in which a sort leaves equals: that depends on the other rows.
+        """
+        largest = scaled.topk(self.largest_k, dim=-1).values
+        count = self.top_k
         if self.top_p is not None:
+            behind = torch.arange(self.largest_k, device=scaled.device) >= self.top_k
+            probabilities = largest.to(self.precise).masked_fill(behind, float("-inf")).softmax(dim=-1)
             before = probabilities.cumsum(dim=-1) - probabilities
-            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-        return torch.zeros_like(logits).scatter_(1, tokens, probabilities)
+            count = ((before < self.top_p) & ~behind).sum(dim=-1, keepdim=True).clamp(min=1)
+        smallest = largest.gather(1, count - 1)
+        above, equal = scaled > smallest, scaled == smallest
+        return above | equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
+
+    def invert(self, probabilities, uniforms):
+        """The first token [B] at which the cumulative sum of probabilities [B, V], in the vocabulary's own order, reaches
+        that share uniforms [B, 1] of it, among those that are not 0: whatever rounding does to the sum (on a GPU it need
+        not even grow from token to token), an excluded token never comes out.
+        """
+        possible, cumulative = probabilities > 0, probabilities.cumsum(dim=-1, dtype=self.precise)
+        total = cumulative.masked_fill(~possible, 0.0).amax(dim=-1, keepdim=True)
+        return (possible & (cumulative >= uniforms * total)).to(torch.uint8).argmax(dim=-1)
 
     def pick(self, logits, uniforms):
-        """The next token of each row (list [B]) from logits [B, V] and one number in (0, 1] per row (list [B]).
+        """The next token of each row (list [B]) from logits [B, V] and one number in (0, 1] per row (list [B]); -1 for a
+        row whose logits are not finite.
 
-        Sampling inverts the cumulative distribution over the vocabulary in its own order, so that a row's token depends
-        on its own logits, parameters and number alone.
+        A row's token depends on its own logits, parameters and number alone.
         """
         logits = self.penalise(logits.float())
-        chosen = logits.argmax(dim=-1)
+        largest, chosen = logits.max(dim=-1)  # NaN counts as the largest
         if not self.all_greedy:
-            cumulative = self.distribution(logits).cumsum(dim=-1)
-            threshold = torch.tensor(uniforms, device=logits.device)[:, None] * cumulative[:, -1:]
-            sampled = torch.searchsorted(cumulative, threshold).clamp(max=logits.shape[-1] - 1)
-            chosen = torch.where(self.greedy, chosen, sampled[:, 0])
+            uniforms = torch.tensor(uniforms, dtype=self.precise, device=logits.device)[:, None]
+            chosen = torch.where(self.greedy, chosen, self.invert(self.distribution(logits), uniforms))
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
-        return chosen.tolist()
+        return chosen.masked_fill(~largest.isfinite(), -1).tolist()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.errors import UserError
-from model.evaluation.questions import check_prompts, read_questions
+from model.evaluation.questions import answer_each, check_prompts, read_questions
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
@@ -19,13 +19,13 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str
 def test_rows_come_back_as_they_were_written(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("questions") / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(row).encode() for row in rows)))
-    assert read_questions(path, "q") == rows
+    assert read_questions(path, "q") == [(f"{path}:{2 * index + 1}", row) for index, row in enumerate(rows)]
 
 
 def test_a_text_file_is_one_question_a_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff你好 \r\n\n  再见".encode())
-    assert read_questions(path, "prompt") == [{"prompt": "你好"}, {"prompt": "再见"}]
+    assert read_questions(path, "prompt") == [(f"{path}:1", {"prompt": "你好"}), (f"{path}:3", {"prompt": "再见"})]
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,21 @@ def test_a_prompt_that_cannot_be_asked_is_wrong_usage(text):
     with pytest.raises(UserError, match="--prompt") as caught:
         check_prompts(["好", text])
     assert caught.value.exit_code == 2
+
+
+def test_a_question_that_fails_is_told_after_the_others_are_answered(capsys):
+    asked = []
+
+    def answer(row):
+        asked.append(row["q"])
+        if row["q"].startswith("bad"):
+            raise UserError(f"{row['q']} is too long", exit_code=2)
+
+    answer_each([("a:1", {"q": "one"}), ("a:2", {"q": "two"})], answer)
+    with pytest.raises(UserError, match="^2 of 4 questions not answered; a:2: bad2 is too long$") as caught:
+        answer_each([(f"a:{n}", {"q": q}) for n, q in enumerate(("one", "bad2", "bad3", "four"), 1)], answer)
+    with pytest.raises(UserError, match="^--prompt: bad is too long$"):
+        answer_each([("--prompt", {"q": "bad"})], answer)
+    asked.pop()
+    assert asked == ["one", "two", "one", "bad2", "bad3", "four"] and caught.value.exit_code == 2
+    assert capsys.readouterr().out == "(not answered)\n" * 3

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT
+from model.errors import UserError
 from model.evaluation.scoring import measure_accuracy, print_accuracy, score_answer
 from model.inference.sampling import SamplingParameters
 
@@ -94,14 +95,22 @@ def test_nonsense_never_raises(reply):
 
 
 class Answers:
-    """An engine that gives the replies it was made with."""
+    """An engine that gives the replies it was made with, None: the engine fails; it refuses an empty prompt."""
 
     def __init__(self, *texts):
         self.texts = texts
 
+    def check_prompt(self, prompt):
+        if not prompt:
+            raise UserError("the prompt is empty")
+
     def generate(self, prompts, parameters, on_finish):
-        assert parameters.temperature == 0
-        return [types.SimpleNamespace(text=text) for text in self.texts]
+        assert parameters.temperature == 0 and len(prompts) == len(self.texts)
+        failed = dict(text="石家庄", finish_reason="error", error="the output is not finite")
+        return [
+            types.SimpleNamespace(**failed if text is None else dict(text=text, finish_reason="stop"))
+            for text in self.texts
+        ]
 
 
 ROWS = [
@@ -114,10 +123,20 @@ ROWS = [
 
 def test_accuracy_by_task():
     engine = Answers("省会是石家庄。", "不知道。", "广州。", "南京。")
-    result = measure_accuracy(engine, ROWS, [[1]] * 4, SamplingParameters(temperature=0.7))
+    rows = [(f"a:{number}", row) for number, row in enumerate(ROWS, 1)]
+    result = measure_accuracy(engine, rows, [[1]] * 4, SamplingParameters(temperature=0.7))
     assert result == {"accuracy": 3 / 4, "questions": 4, "tasks": {"a": 0.5, "b": 1.0}}
-    result = measure_accuracy(engine, ROWS, [[1]] * 4, SamplingParameters(), lambda row, text: "省会" in text)
+    result = measure_accuracy(engine, rows, [[1]] * 4, SamplingParameters(), lambda row, text: "省会" in text)
     assert result == {"accuracy": 1 / 4, "questions": 4, "tasks": {"a": 0.5, "b": 0.0}}
+
+
+def test_a_prompt_that_is_refused_counts_as_wrong_and_a_failing_engine_as_nothing(capsys):
+    rows = [(f"a:{number}", row) for number, row in enumerate(ROWS, 1)]
+    result = measure_accuracy(Answers("济南。", "广州。", "南京。"), rows, [[], [1], [1], [1]], SamplingParameters())
+    assert result == {"accuracy": 3 / 4, "questions": 4, "tasks": {"a": 0.5, "b": 1.0}}
+    assert "a:1: the prompt is empty; counted as wrong\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a:3: the output is not finite"):
+        measure_accuracy(Answers("济南。", None, "南京。"), rows, [[], [1], [1], [1]], SamplingParameters())
 
 
 def test_the_table_of_accuracy(capsys):
@@ -138,7 +157,7 @@ def test_scoring_needs_neither_the_demo_nor_its_tables(tmp_path):
     code = """
 from model.evaluation.questions import read_questions
 from model.evaluation.scoring import score_answer
-row, = read_questions("own.jsonl", "q")
+((_, row),) = read_questions("own.jsonl", "q")
 assert score_answer(row, "是石家庄。") and not score_answer(row, "是保定。")
 """
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -1,0 +1,66 @@
+"""Modules that decode faster than the plain ones: install() turns those of a model into these, weights and names
+as they are."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.model import Attention
+
+
+class PackedLinear(nn.Linear):
+    """nn.Linear without a bias that on a CPU, without gradients, multiplies with a second copy of its weight, in the
+    layout that oneDNN works in. Otherwise oneDNN brings the weight into that layout in each call, and float32 takes
+    another library: one core, 1 to 256 rows, 1.8 to 4 times as fast in float32, 2 to 1.1 times in bfloat16. Compiled code
+    multiplies a single row by a plain sum, which it fuses with what comes before and after.
+    """
+
+    ROWS = 16  # what the layout is chosen for; it serves any number
+    packed = packed_from = None
+
+    def forward(self, x):
+        weight = self.weight
+        if torch.is_grad_enabled() or not can_pack(weight) or x.dtype != weight.dtype:
+            return F.linear(x, weight)
+        if torch.compiler.is_compiling():
+            if x.numel() > self.in_features:
+                return F.linear(x, weight)
+            return (weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+        source = weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
+        if self.packed_from != source:  # the first time, and when the weight was changed since
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
+            self.packed_from = source
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+def can_pack(weight):
+    """Whether oneDNN is here and multiplies what `weight` holds."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return in_bfloat16 or weight.dtype == torch.float32
+
+
+class OneTokenAttention(Attention):
+    """Attention that for a single new token reads each key and value once: the query heads that share a key head take
+    the place of queries at several positions. PyTorch's kernel for grouped heads reads them for each query head (one
+    core, 16 rows of 160 keys: 0.51 -> 0.35 ms in float32, 1.9 -> 0.44 in bfloat16).
+    """
+
+    def attend(self, query, key, value, mask):
+        batch, heads, length, size = query.shape
+        if length > 1 or not self.flash_attn:
+            return super().attend(query, key, value, mask)
+        query = query.reshape(batch, key.shape[1], -1, size)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(batch, heads, 1, size)
+
+
+def install(model):
+    """Turn the linear layers and the attention of `model` into these; returns the model."""
+    for module in model.modules():
+        if type(module) in (nn.Linear, PackedLinear) and module.bias is None:
+            module.__class__ = PackedLinear
+            module.packed_from = None
+        elif type(module) is Attention:
+            module.__class__ = OneTokenAttention
+    return model

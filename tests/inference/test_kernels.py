@@ -1,0 +1,88 @@
+"""Faster modules for decoding give what the plain ones give, and go back to them where they do not serve."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from model.inference.kernels import OneTokenAttention, can_pack, install
+from model.LMConfig import LMConfig
+from model.model import Transformer
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def packed_linear(dtype=torch.float32, rows_in=48, rows_out=20):
+    torch.manual_seed(0)
+    return install(nn.Sequential(nn.Linear(rows_in, rows_out, bias=False).to(dtype)))[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (16, 1), (3, 40), (1,), ()])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_packed_product_is_the_product(monkeypatch, dtype, shape, compiling):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    linear = packed_linear(dtype)
+    x = torch.randn(*shape, 48).to(dtype)
+    expected = x.double() @ linear.weight.double().T
+    found = linear(x)
+    assert found.dtype == dtype and found.shape == (*shape, 20)
+    torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_a_weight_changed_later_is_packed_anew():
+    linear, x = packed_linear(), torch.ones(1, 48)
+    with torch.no_grad():
+        before = linear(x)
+        linear.weight.mul_(2)  # as an optimizer does
+        torch.testing.assert_close(linear(x), 2 * before)
+        linear.weight.data.mul_(2)  # as merging an adapter may: nothing tells, but a new engine packs anew
+        torch.testing.assert_close(install(nn.Sequential(linear))[0](x), 4 * before)
+        linear.weight = nn.Parameter(linear.weight * 2)
+        torch.testing.assert_close(linear(x), 8 * before)
+        torch.testing.assert_close(linear.double()(x.double()).float(), 8 * before)
+
+
+def test_gradients_take_the_plain_product_and_names_stay():
+    linear, x = packed_linear(), torch.randn(2, 48)
+    assert linear(x).grad_fn is not None
+    linear(x).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, x.sum(dim=0).expand(20, -1))
+    with torch.no_grad():
+        linear(x)
+        with pytest.raises(RuntimeError, match="dtype"):
+            linear(x.bfloat16())
+    assert list(linear.state_dict()) == ["weight"] and linear.packed is not None
+    assert copy.deepcopy(linear.state_dict())["weight"].equal(linear.weight)
+
+
+def test_a_biased_layer_stays_as_it_is_and_other_devices_are_not_packed():
+    assert type(install(nn.Sequential(nn.Linear(4, 4)))[0]) is nn.Linear
+    assert can_pack(torch.ones(2, 2)) and not can_pack(torch.ones(2, 2, device="meta"))
+    assert not can_pack(torch.ones(2, 2, dtype=torch.float64))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_attention_is_each_head_by_itself(dtype, flash_attn):
+    config = LMConfig(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, vocab_size=10, flash_attn=flash_attn)
+    attention = install(Transformer(config)).layers[0].attention
+    assert type(attention) is OneTokenAttention
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 6, 1, 8, generator=generator).to(dtype)
+    key, value = (torch.randn(3, 2, 5, 8, generator=generator).to(dtype) for _ in range(2))
+    lengths = (5, 2, 1)
+    mask = torch.tensor([[place < length for place in range(5)] for length in lengths]).view(3, 1, 1, 5)
+    found, unmasked = attention.attend(query, key, value, mask), attention.attend(query, key, value, None)
+    assert found.shape == (3, 6, 1, 8)
+    for row, length in enumerate(lengths):
+        for head in range(6):
+            for result, count in ((found, length), (unmasked, 5)):
+                keys, values = (part[row, head // 3, :count].double() for part in (key, value))
+                weights = (keys @ query[row, head, 0].double() / 8**0.5).softmax(dim=0)
+                torch.testing.assert_close(
+                    result[row, head, 0].double(), weights @ values, atol=TOLERANCE[dtype] / 2, rtol=0
+                )
