@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import shutil
 
 import torch
@@ -38,23 +39,32 @@ def select_device(flag="auto"):
 
 
 def select_dtype(flag, device):
-    """The torch.dtype that --dtype means: "auto" takes bfloat16 where the hardware multiplies it, else float32.
+    """The torch.dtype that --dtype means: "auto" takes bfloat16 where the hardware multiplies it, else float16 on CUDA
+    and float32 elsewhere.
 
     Raises UserError for bfloat16 on a CUDA device older than Ampere.
     """
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    native = multiplies_bfloat16(device)
     if flag in (None, "auto"):
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if native else torch.float16 if device.type == "cuda" else torch.float32
     if flag not in DTYPES:
         raise UserError(f"--dtype {flag}: choose one of auto, {', '.join(DTYPES)}", exit_code=2)
     if flag == "bfloat16" and device.type == "cuda" and not native:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--dtype bfloat16: {name} has no bfloat16 units; use --dtype float16")
     return DTYPES[flag]
+
+
+def multiplies_bfloat16(device):
+    """Whether `device` has units for bfloat16. A CPU without them emulates it, several times slower than float32: oneDNN
+    offers bfloat16 on any x86 with AVX-512, so there the instructions themselves are asked for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_compiler(device):

@@ -121,7 +121,11 @@ class TrainingSettings(Checked):
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
-    dtype: str = flag("auto", "of matrix products; auto: bfloat16 where it is native, else float32", choices=DTYPES)
+    dtype: str = flag(
+        "auto",
+        "of matrix products; auto: bfloat16 where it is native, else float16 on CUDA, float32 elsewhere",
+        choices=DTYPES,
+    )
     compile: bool = flag(False, "torch.compile the model: slow start, faster steps")
     num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)
     log_interval: int = flag(10, "steps between log lines (default: {default})", least=1)
@@ -154,7 +158,11 @@ class InferenceSettings(ShapeSettings):
     tokenizer_path: str = flag(str(DEFAULT_TOKENIZER_PATH), "tokenizer folder (default: model/minimind_tokenizer)")
     rope_scaling: str = flag(None, "stretch positions beyond the trained length", str, choices=("linear", "yarn"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
-    dtype: str = flag("auto", "of weights and cache; auto: bfloat16 where it is native, else float32", choices=DTYPES)
+    dtype: str = flag(
+        "auto",
+        "of weights and cache; auto: bfloat16 where it is native, else float16 on CUDA, float32 elsewhere",
+        choices=DTYPES,
+    )
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
 
 

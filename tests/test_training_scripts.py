@@ -137,6 +137,18 @@ def test_compiled_and_eager_runs_agree_and_write_the_same_names(
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
 
 
+def test_the_real_compiler_trains_as_eager_does(flags, tmp_path, pretrain_csv):
+    """Half a minute of C++ compilation; in bfloat16, so that attention by blocks is part of the graph."""
+    words = ["1-pretrain.py", *flags, "--n_layers", 1, "--dtype", "bfloat16", "--data_path", pretrain_csv]
+    words += ["--max_steps", 6, "--log_interval", 1]
+    losses = []
+    for more in ([], ["--compile", "--overwrite"]):
+        good(run_script(*words, *more, timeout=400))
+        lines = (tmp_path / "out" / "logs" / "pretrain_32.jsonl").read_text().splitlines()
+        losses.append([record["loss"] for record in map(json.loads, lines) if "loss" in record])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[1][-1] < losses[1][0]
+
+
 # ---- stop and go on
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from conftest import TINY_FLAGS
-from model import device
 from model.build import build_model
 from model.cli import add_training_flags, from_flags, training_settings
 from model.data.dataset import open_pretrain_data, open_sft_data
@@ -579,21 +578,3 @@ def test_wandb_gets_the_numbers_and_is_offline_without_a_key(pretrain_csv, tmp_p
     monkeypatch.setenv("WANDB_API_KEY", "x")
     make_trainer(pretrain_csv, tmp_path / "again", *words, tokenizer=tokenizer).train()
     assert Wandb.options["mode"] == "online"
-
-
-# ---- device, format
-
-
-@pytest.mark.parametrize("flag, code", [("nonsense", 2), ("cuda:99", 1)])
-def test_wrong_device_is_one_line(flag, code):
-    with pytest.raises(UserError, match=f"--device {flag}") as caught:
-        device.select_device(flag)
-    assert caught.value.exit_code == code
-
-
-def test_dtype_names():
-    cpu = torch.device("cpu")
-    assert device.select_dtype("float16", cpu) == torch.float16
-    assert device.select_dtype("auto", cpu) in (torch.bfloat16, torch.float32)
-    with pytest.raises(UserError, match="--dtype int8"):
-        device.select_dtype("int8", cpu)

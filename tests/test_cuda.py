@@ -1,0 +1,86 @@
+"""What only a GPU can show; all of it is skipped without one."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import ROOT, TINY, TINY_FLAGS, run_script
+from model.checkpoint import load_model
+from model.inference.engine import Engine
+from model.LMConfig import LMConfig
+from model.model import MOEFeedForward, Transformer
+from model.settings import SamplingParameters
+from model.training.cpu_kernels import ChunkedCrossEntropy
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def words(tmp_path, small_tokenizer_path, pretrain_csv):
+    flags = ["--tokenizer_path", small_tokenizer_path, "--out_dir", tmp_path / "out", "--data_path", pretrain_csv]
+    flags += ["--device", "cuda", "--batch_size", 4, "--learning_rate", "1e-3", "--max_steps", 6, "--log_interval", 1]
+    return ["1-pretrain.py", *TINY_FLAGS, *flags]
+
+
+def losses(out):
+    lines = (out / "logs" / "pretrain_32.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.parametrize("extra", [[], ["--dtype", "float16"], ["--num_workers", 1], ["--use_moe"], ["--compile"]])
+def test_training_lowers_the_loss_and_resumes(words, tmp_path, extra):
+    """float16 goes through the gradient scaler, workers through pinned memory."""
+    for more in (["--stop_after", 3], ["--resume"]):
+        process = run_script(*words, *extra, *more, timeout=400)
+        assert process.returncode == 0, process.stderr
+    name = "pretrain_32_moe" if "--use_moe" in extra else "pretrain_32"
+    assert load_model(tmp_path / "out" / f"{name}.pth")[1]["step"] == 6
+
+
+def test_ddp_on_one_gpu_equals_no_ddp(words, tmp_path):
+    run_script(*words, "--dtype", "float32")
+    alone = losses(tmp_path / "out")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    command = [*launcher, *words, "--dtype", "float32", "--overwrite"]
+    process = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert losses(tmp_path / "out") == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_two_ways_of_the_experts_agree():
+    torch.manual_seed(0)
+    layer = MOEFeedForward(LMConfig(**TINY, vocab_size=300, use_moe=True)).to("cuda", torch.bfloat16)
+    copies = torch.randn(12, TINY["dim"], device="cuda", dtype=torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ends = torch.tensor([3, 3, 9, 12], dtype=torch.int32, device="cuda")
+    assert layer.can_group(copies)
+    grouped, one_by_one = layer.grouped(copies, ends), layer.one_by_one(copies, ends)
+    assert (grouped - one_by_one).norm() < 2e-2 * one_by_one.norm()
+
+
+def test_the_chunked_loss_is_the_plain_one():
+    x, weight = torch.randn(5000, 32, device="cuda"), torch.randn(400, 32, device="cuda")
+    targets = torch.randint(0, 400, (5000,), device="cuda")
+    inputs = [x.requires_grad_(), weight.requires_grad_()]
+    results = []
+    for loss in (ChunkedCrossEntropy.apply(*inputs, targets), F.cross_entropy(x @ weight.T, targets, reduction="sum")):
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    for ours, plain in zip(*results):
+        assert torch.allclose(ours, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_decoding_on_the_gpu_gives_the_tokens_of_the_cpu(compile):
+    """Compiled, every step is a CUDA graph."""
+    torch.manual_seed(0)
+    model = Transformer(LMConfig(**TINY, vocab_size=300)).eval()
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    parameters = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
+    expected = [request.token_ids for request in Engine(model).generate(prompts, parameters)]
+    engine = Engine(model.to("cuda"), compile=compile)
+    assert [request.token_ids for request in engine.generate(prompts, parameters)] == expected
