@@ -35,12 +35,18 @@ def run(command, stdout=None):
     """Run one of the repository's scripts and return what it printed into `stdout`. A signal to stop is passed on, and
     the script has the time it needs to save; that, or a failed script, ends everything with a line on how to go on."""
     print(f"\n$ python {command}", flush=True)
-    stops, process = [], None
+    stops, waiting, process = [], [], None
 
     def pass_on(number, frame):
         stops.append(number)
-        if process and os.name == "posix":  # Windows gives Ctrl-C to both by itself
-            process.send_signal(number)
+        waiting.append(number)
+        deliver()
+
+    def deliver():
+        while process and waiting:
+            number = waiting.pop()
+            if os.name == "posix":  # Windows gives Ctrl-C to both by itself
+                process.send_signal(number)
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     previous = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
@@ -50,6 +56,7 @@ def run(command, stdout=None):
     try:
         # In its own process group a script gets the terminal's Ctrl-C from here alone: a second one would end its saving.
         process = subprocess.Popen([sys.executable, *shlex.split(command)], stdout=stdout, text=True, process_group=0)
+        deliver()  # what came while it was being started
         printed, _ = process.communicate()
     finally:
         for number, handler in previous.items():
