@@ -151,3 +151,13 @@ def test_links_and_pictures_exist():
     for name in ("README.md", "README_en.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text("utf-8")):
             assert target.startswith("http") or (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_every_flag_that_the_readmes_name_exists():
+    places = (ROOT.glob("*.py"), ROOT.glob("model/**/*.py"), ROOT.glob("images/*.py"), ROOT.glob("benchmarks/*.py"))
+    sources = "".join(path.read_text("utf-8") for paths in places for path in paths)
+    for name in ("README.md", "README_en.md"):
+        for flag in set(re.findall(r"--(\w+)", (ROOT / name).read_text("utf-8"))):
+            assert flag == "help" or re.search(rf'"--{flag}"|^    {flag}: \w+ = flag\(', sources, re.MULTILINE), (
+                f"{name}: --{flag}"
+            )
