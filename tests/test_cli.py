@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, assert_one_line_error
+from conftest import ROOT, assert_one_line_error, run_script
 from model.build import explicit_fields
 from model.cli import add_inference_flags, add_training_flags, from_flags, training_settings
 from model.errors import UserError, command_line, run_main, tell, warn
@@ -212,6 +212,19 @@ def test_a_terminal_that_is_gone_does_not_end_what_tells_it_something(monkeypatc
 
     monkeypatch.setattr(sys, "stderr", Gone())
     tell("SIGHUP: saving")
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    reasons = {
+        "file/x": "Not a directory",
+        "loop/x": "Too many levels of symbolic links",
+        "数" * 100: "File name too long",
+    }
+    for name, reason in reasons.items():
+        process = run_script("data_process.py", "demo", "--output_dir", tmp_path / name)
+        assert_one_line_error(process, name, reason)
 
 
 def test_every_fixed_flag_exists_with_help(parser):
