@@ -107,13 +107,18 @@ def repository(tmp_path):
     (folder / "cli.py").write_text("import model.errors")
     shutil.copy(ROOT / "requirements.txt", tmp_path)
 
-    def start(body, first="", python=(), env=None, **options):
+    def start(body, first="", python=(), env=None, prepare=lambda: None, **options):
+        def fresh():  # a shell that runs the tests in the background has SIGINT ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            prepare()
+
         text = f"import model.cli\nimport sys, time\nfrom model.errors import run_main\n{first}\n"
         (tmp_path / "script.py").write_text(f"{text}def main():\n    {body}\nrun_main(main)\n", "utf-8")
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         command = [sys.executable, *python, str(tmp_path / "script.py")]
-        return subprocess.Popen(command, text=True, env={**environment, **(env or {})}, **pipes)
+        environment.update(env or {})
+        return subprocess.Popen(command, text=True, env=environment, preexec_fn=fresh, **pipes)
 
     return start
 
@@ -157,7 +162,7 @@ def test_other_programs_keep_their_own_hooks():
 
 def test_ctrl_c_that_the_shell_had_ignored_stays_ignored(repository):
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
-    process = repository("print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)", "import signal", preexec_fn=ignore)
+    process = repository("print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)", "import signal", prepare=ignore)
     assert process.communicate(timeout=20)[0] == "True\n"
 
 
@@ -201,7 +206,7 @@ def test_an_error_is_told_although_nobody_reads_the_output(repository):
 def test_closed_outputs_do_not_lend_their_number_to_a_file(repository, tmp_path):
     close = lambda: (os.close(1), os.close(2))  # noqa: E731
     body = f"file = open({str(tmp_path / 'file')!r}, 'w'); print('x'); print('y', file=sys.stderr); file.write('z')"
-    process = repository(f"{body}; return file.fileno() < 3", preexec_fn=close)
+    process = repository(f"{body}; return file.fileno() < 3", prepare=close)
     assert process.wait(timeout=20) == 0 and (tmp_path / "file").read_text() == "z"
 
 

@@ -83,10 +83,15 @@ def folder(tmp_path):
 STARTED = []
 
 
-def start(folder, *words, script="quickstart.py", **options):
+def start(folder, *words, script="quickstart.py", prepare=lambda: None, **options):
+    def fresh():  # a shell that runs the tests in the background has signals ignored
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        prepare()
+
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     (folder / "log").unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, script, *words], cwd=folder, text=True, **pipes)
+    process = subprocess.Popen([sys.executable, script, *words], cwd=folder, text=True, preexec_fn=fresh, **pipes)
     STARTED.append(process)
     return process
 
@@ -139,7 +144,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_stage_once(folder):
     terminal, inside = pty.openpty()
     process, _ = start_and_wait(
         folder, "single_chat/full_sft 3", stdin=inside, stdout=inside, stderr=inside, start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(inside), os.O_RDWR)),
+        prepare=lambda: os.close(os.open(os.ttyname(inside), os.O_RDWR)),
     )  # fmt: skip
     os.write(terminal, b"\x03")
     assert process.wait(timeout=20) == 130
@@ -225,7 +230,7 @@ def test_a_failed_stage_ends_it_with_its_exit_code_and_the_way_on(folder):
 
 def test_nohup_stays_in_force(folder):
     process, _ = start_and_wait(
-        folder, "single_chat/full_sft 3", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        folder, "single_chat/full_sft 3", prepare=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
