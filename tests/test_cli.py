@@ -94,6 +94,16 @@ def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(capsys):
     assert outcome(capsys, main) == (130, "error: interrupted\n")
 
 
+def test_a_user_error_made_of_ctrl_c_keeps_its_line_and_code(capsys):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UserError("stopped; go on with x", exit_code=3)
+
+    assert outcome(capsys, main) == (3, "error: stopped; go on with x\n")
+
+
 # ---- a script as a process: what it shows before its main() runs, on odd terminals, with nobody reading
 
 
@@ -156,7 +166,14 @@ def test_an_interrupt_before_main_and_one_as_python_ends_leave_no_traceback(repo
 def test_other_programs_keep_their_own_hooks():
     program = "import signal, sys, model.errors\n"
     program += "assert sys.excepthook is sys.__excepthook__ and sys.unraisablehook is sys.__unraisablehook__\n"
-    program += "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    program += "assert signal.getsignal(signal.SIGINT) is not model.errors.interrupt\n"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_is_taken_care_of_before_the_slower_imports():
+    program = (
+        "import sys, model.cli; names = list(sys.modules); assert names.index('model.errors') < names.index('argparse')"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
