@@ -2,19 +2,23 @@
 
 Every step is a command of this repository, printed before it runs, so that each can be repeated and changed by hand.
 Everything lands in its own folders (dataset/demo, out/quickstart): real data and checkpoints beside them stay untouched.
+Stopped by Ctrl-C or anything else, it goes on where it was when started again; once it has finished, it starts over.
 The last line is one JSON object.
 """
 
+import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from model.cli import positive_int, script_parser
-from model.errors import UserError, run_main
+from model.errors import UserError, command_line, run_main
+from model.files import atomic_write
 from model.stages import STAGES
 
 MODEL = "--preset minimind-tiny --optimizer muon"
@@ -28,13 +32,99 @@ RECIPE = {
 
 
 def run(command, stdout=None):
-    """Run one of the repository's scripts; a failed one ends everything with its own message. Returns what it printed
-    into `stdout`."""
+    """Run one of the repository's scripts and return what it printed into `stdout`. A signal to stop is passed on, and
+    the script has the time it needs to save; that, or a failed script, ends everything with a line on how to go on."""
     print(f"\n$ python {command}", flush=True)
-    process = subprocess.run([sys.executable, *shlex.split(command)], stdout=stdout, text=True)
-    if code := process.returncode:
-        raise UserError(f"stopped: python {command}", exit_code=code if code > 0 else 128 - code)
-    return process.stdout
+    stops, waiting, process = [], [], None
+
+    def pass_on(number, frame):
+        stops.append(number)
+        waiting.append(number)
+        deliver()
+
+    def deliver():
+        while process and waiting:
+            number = waiting.pop()
+            if os.name == "posix":  # Windows gives Ctrl-C to both by itself
+                process.send_signal(number)
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, pass_on)
+    try:
+        # In its own process group a script gets the terminal's Ctrl-C from here alone: a second one would end its saving.
+        process = subprocess.Popen([sys.executable, *shlex.split(command)], stdout=stdout, text=True, process_group=0)
+        deliver()  # what came while it was being started
+        printed, _ = process.communicate()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    code = 128 + stops[0] if stops else process.returncode
+    if code:
+        raise stopped("" if stops else f" by the error of python {command}", code if code > 0 else 128 - code)
+    return printed
+
+
+def stopped(reason="", exit_code=1):
+    """The UserError that ends an unfinished quickstart."""
+    way_on = "make quickstart" if len(sys.argv) == 1 else command_line()
+    return UserError(f"stopped{reason}; to go on where it was: {way_on}", exit_code)
+
+
+class Progress:
+    """What an earlier start with the same recipe and data has done, kept in quickstart.json beside the checkpoints.
+
+    A checkpoint counts when its description is not one that lay there before, of another recipe or of a quickstart that
+    had finished. There is no such file once quickstart has finished.
+    """
+
+    def __init__(self, out_dir, commands, data_paths, started):
+        self.path, self.started = out_dir / "quickstart.json", started
+        self.descriptions = {name: out_dir / f"{name}_192.json" for name in commands}
+        data = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in data_paths}
+        found, recipe = read_json(self.path), {"commands": commands, "data": data}
+        if found.get("recipe") == recipe:
+            self.before, self.seconds = found["before"], found["seconds"]
+        else:
+            self.before = {name: self.digest(name) for name in commands}
+            self.seconds = 0.0
+        self.recipe = recipe
+        self.save()
+
+    def digest(self, name):
+        path = self.descriptions[name]
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+    def seconds_total(self):
+        """Seconds of all starts; a kill -9 takes those of the command it hits."""
+        return self.seconds + time.time() - self.started
+
+    def save(self):
+        with atomic_write(self.path, "w", encoding="utf-8") as handle:
+            json.dump({"recipe": self.recipe, "before": self.before, "seconds": self.seconds_total()}, handle)
+
+    def record(self, name):
+        """The description of this recipe's checkpoint of a stage, {} when there is none yet."""
+        return {} if self.digest(name) == self.before[name] else read_json(self.descriptions[name])
+
+    def finished(self, name):
+        record = self.record(name)
+        return bool(record) and record["step"] >= record["total_steps"]
+
+    def way_on(self, name):
+        """The flag with which a stage goes on, or starts in spite of a checkpoint that does not count."""
+        return " --resume" if self.record(name) else " --overwrite" if self.descriptions[name].exists() else ""
+
+
+def read_json(path):
+    """The object in a .json file, {} when there is none or it is damaged."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def quoted(path):
@@ -66,16 +156,41 @@ def main():
     stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
     run(f"data_process.py demo --output_dir {quoted(args.data_dir)}")
-    began = time.time()
-    for name, flags in RECIPE.items():
-        data_path = quoted(args.data_dir / Path(STAGES[name].data_path).name)
-        saving = f"--out_dir {quoted(args.out_dir)} --eval_interval 1000 --save_interval 1000"
-        run(f"{STAGES[name].command} --data_path {data_path} {MODEL} {flags} {saving}{stop}")
-    seconds = time.time() - began
-    paths = {name: args.out_dir / f"{name}_192.pth" for name in RECIPE}
-    records = {name: json.loads(path.with_suffix(".json").read_text("utf-8")) for name, path in paths.items()}
-    tokens = sum(record["tokens_seen"] for record in records.values())
-    _, single, chat = paths.values()
+    data_paths = {name: args.data_dir / Path(STAGES[name].data_path).name for name in RECIPE}
+    saving = f"--out_dir {quoted(args.out_dir)} --eval_interval 1000 --save_interval 100"
+    commands = {
+        name: f"{STAGES[name].command} --data_path {quoted(data_paths[name])} {MODEL} {flags} {saving}{stop}"
+        for name, flags in RECIPE.items()
+    }
+    progress = Progress(args.out_dir, commands, data_paths.values(), started)
+    try:
+        train(commands, progress)
+        result = examine(args, progress)
+    except KeyboardInterrupt:  # between two scripts
+        raise stopped(exit_code=128 + signal.SIGINT) from None
+    finally:
+        progress.save()
+    progress.path.unlink()
+    print(json.dumps(result))
+
+
+def train(commands, progress):
+    """Run the stages that are not finished, each from where it stopped."""
+    for name, command in commands.items():
+        if progress.finished(name):
+            print(f"\n{name} is finished: step {progress.record(name)['step']:,}", flush=True)
+            continue
+        run(command + progress.way_on(name))
+        progress.save()
+        if not progress.finished(name):  # it was told to stop, and we were not
+            raise stopped()
+
+
+def examine(args, progress):
+    """Ask the two chat models the held-out questions, show answers and the table; returns what the last line says."""
+    records = [progress.record(name) for name in RECIPE]
+    _, single, chat = (path.with_suffix(".pth") for path in progress.descriptions.values())
+    tokens, seconds = (sum(record[name] for record in records) for name in ("tokens_seen", "train_seconds"))
 
     tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
     before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
@@ -85,15 +200,14 @@ def main():
     for name in tests:
         print(f"{name:20s}{before[name]:18.1%}{after[name]:18.1%}")
     print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(chat)} --interactive\n")
-    result = {
+    return {
         "facts_heldout_accuracy": round(after["facts"], 4),
         "multi_turn_accuracy": round(after["multi_turn"], 4),
-        "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
+        "pretrain_val_bpb": round(records[0]["validation_bits_per_byte"], 4),
         "seconds_train": round(seconds, 1),
-        "seconds_total": round(time.time() - started, 1),
+        "seconds_total": round(progress.seconds_total(), 1),
         "tokens_per_second": round(tokens / seconds),
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

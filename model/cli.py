@@ -1,5 +1,8 @@
 """Command lines: flags made of the dataclasses in model/settings.py, and back. Imports nothing heavy."""
 
+import model.errors  # noqa: F401  # before all else: from here on Ctrl-C ends a script with one line
+
+# isort: split
 import argparse
 import dataclasses
 

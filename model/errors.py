@@ -1,8 +1,12 @@
 """What the user is told when something goes wrong: UserError, how it ends a script, warnings. Imports nothing heavy."""
 
+import contextlib
 import errno
+import io
 import os
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -19,22 +23,111 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Run a script's main() and end the process: UserError and a full disk become one line on stderr, no traceback."""
+    """Run a script's main() and end the process; what a user can cause is one line on stderr (see describe)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell's >&-: the next file opened must not take its place
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an ASCII or GBK terminal; Python does as much for stderr
     try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        message, code = str(error), error.exit_code
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough: nobody is left to tell anything
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in FULL_DISK + (errno.EACCES, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+        try:
+            code = main() or 0
+        except SystemExit as end:  # argparse: --help, wrong usage
+            code = end.code
+        sys.stdout.flush()
+    except BaseException as error:
+        line, code = describe(error)
+        if line is None:
             raise
-        message, code = f"{error.filename or 'output'}: {error.strerror}", 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"error: {message}", file=sys.stderr)
+        finish_stdout()
+        if not isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
+            with contextlib.suppress(OSError):
+                print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+def describe(error):
+    """(the line for the user, exit code) of an exception; the line is None for a bug, which needs its traceback."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if interrupted(error):
+        return "interrupted", 130
+    if isinstance(error, OSError) and error.errno is not None:
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{names}: {error.strerror}" if names else error.strerror, 1
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch has no class of its own for it
+        return "out of memory; end other programs, or choose a smaller model, batch or context", 1
+    if isinstance(error, ModuleNotFoundError) and (package := requirement(error.name)):
+        return f"{package} is not installed: source .venv/bin/activate, or make quickstart first", 1
+    return None, 1
+
+
+def interrupted(error):
+    """Whether Ctrl-C is what led to `error`: compiled code, torch as it writes a file for one, turns a
+    KeyboardInterrupt into errors of its own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def requirement(module):
+    """The line of requirements.txt, without its version, that would install `module`; None if there is none."""
+    packages = re.findall(r"^[\w.]+", (SCRIPTS / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    return next((package for package in packages if f"{package}.".startswith(f"{module}.")), None)
+
+
+def finish_stdout():
+    """Write what is left for stdout, or let it go where that cannot be: it would fail again as Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        let_go(sys.stdout)
+
+
+def let_go(stream):
+    """Send what is still written to `stream` nowhere."""
+    with contextlib.suppress(OSError, AttributeError):  # a notebook's, for one, is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave_early(kind, error, trace):
+    """sys.excepthook of a script: one line also for what happens before its main() runs, a missing package for one, and
+    for a second Ctrl-C as it leaves."""
+    line, code = describe(error)
+    if line is None:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def ignore_interrupt(event):
+    """sys.unraisablehook of a script: Ctrl-C while Python is ending is no traceback."""
+    if not issubclass(event.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(event)
+
+
+def interrupt(number, frame):
+    """SIGINT handler of a script. While a module is being imported, which takes seconds, it leaves at once: there is
+    nothing to lose yet, and the compiled ones turn a KeyboardInterrupt into errors of their own or swallow it."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            if "--multiprocessing-fork" not in sys.orig_argv:  # a worker process is silent, its parent tells
+                os.write(2, b"error: interrupted\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def running_script():
+    """Path of the repository's script that this process runs; None in a notebook or another program."""
+    path = Path(sys.argv[0]).resolve()
+    return path if path.suffix == ".py" and SCRIPTS in (path.parent, path.parent.parent) else None
+
+
+if running_script():
+    sys.excepthook, sys.unraisablehook = leave_early, ignore_interrupt
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell had it ignored, as with &
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def say(text, stream=None, write=print):
@@ -45,11 +138,11 @@ def say(text, stream=None, write=print):
         write(text, file=stream)
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        let_go(stream)
 
 
 def tell(text):
-    """One line on stderr, from one of the processes that a launcher started."""
+    """One line on stderr, from one of the processes that a launcher started. A terminal that is gone ends nothing."""
     if os.environ.get("RANK", "0") == "0":
         say(text, sys.stderr)
 
@@ -63,7 +156,7 @@ def command_line(*extra, without=()):
     """This run's command as typed, for "to go on: ..." messages: flags in `extra` appended unless there, the flags of
     `without` left out, {flag: how many words its value is} (also under a shortened name, which argparse takes when it
     is unique). Outside the scripts, in a notebook for one, the calls that do the same."""
-    if Path(sys.argv[0]).suffix != ".py" or Path(sys.argv[0]).resolve().parent != SCRIPTS:
+    if getattr(running_script(), "parent", None) != SCRIPTS:
         first = "a Trainer without stop_after, " if "--stop_after" in without else ""
         return f"{first}Trainer.resume(), then Trainer.train()"
     words, rest = [], iter(sys.argv)

@@ -2,16 +2,21 @@
 
 import argparse
 import errno
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
-from conftest import ROOT
+from conftest import ROOT, assert_one_line_error, run_script
 from model.build import explicit_fields
 from model.cli import add_inference_flags, add_training_flags, from_flags, training_settings
-from model.errors import UserError, command_line, run_main, warn
+from model.errors import UserError, command_line, run_main, tell, warn
 from model.settings import InferenceSettings, ModelSettings, SamplingParameters, TrainingSettings
 
 # Names that users and other programs rely on.
@@ -46,27 +51,202 @@ def raising(error):
 @pytest.mark.parametrize(
     "error, code, line",
     [
-        (UserError("a.csv: no column text"), 1, "error: a.csv: no column text\n"),
-        (UserError("--preset x", exit_code=2), 2, "error: --preset x\n"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "out/x.pth"),
-            1,
-            "error: out/x.pth: No space left on device\n",
-        ),
-        (OSError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied\n"),
-        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (UserError("a.csv: no column text"), 1, "a.csv: no column text"),
+        (UserError("--preset x", exit_code=2), 2, "--preset x"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x.pth"), 1, "out/x.pth: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "out"), 1, "out: Permission denied"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 1, "x" * 300 + ": File name too long"),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), 1, "a: Too many levels of symbolic links"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files"),
+        (OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"), 1, "a -> b: Invalid cross-device link"),
+        (MemoryError(), 1, "out of memory; end other programs, or choose a smaller model, batch or context"),
+        (ModuleNotFoundError("no", name="torch"), 1, "torch is not installed: source .venv/bin/activate"),
+        (ModuleNotFoundError("no", name="backports"), 1, "backports.zstd is not installed"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(capsys, error, code, line):
-    assert outcome(capsys, raising(error)) == (code, line)
+def test_what_a_user_can_cause_is_one_line(capsys, error, code, line):
+    got, text = outcome(capsys, raising(error))
+    assert got == code and text.startswith(f"error: {line}") and text.count("\n") == 1
+
+
+def test_memory_that_torch_cannot_get_is_one_line(capsys):
+    code, text = outcome(capsys, lambda: torch.empty(1 << 58))
+    assert code == 1 and text.startswith("error: out of memory") and text.count("\n") == 1
 
 
 def test_success_is_0_and_a_bug_keeps_its_traceback(capsys):
     assert outcome(capsys, lambda: None) == (0, "")
     assert outcome(capsys, lambda: 3) == (3, "")
-    for bug in (ZeroDivisionError(), OSError(errno.EBADF, "Bad file descriptor")):
+    assert outcome(capsys, raising(SystemExit(2))) == (2, "")
+    for bug in (ZeroDivisionError(), OSError("no errno"), ModuleNotFoundError("no", name="model.absent"), TypeError()):
         with pytest.raises(type(bug)):
             run_main(raising(bug))
+
+
+def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(capsys):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("PytorchStreamWriter failed")
+
+    assert outcome(capsys, main) == (130, "error: interrupted\n")
+
+
+def test_a_user_error_made_of_ctrl_c_keeps_its_line_and_code(capsys):
+    def main():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UserError("stopped; go on with x", exit_code=3)
+
+    assert outcome(capsys, main) == (3, "error: stopped; go on with x\n")
+
+
+# ---- a script as a process: what it shows before its main() runs, on odd terminals, with nobody reading
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of errors.py's neighbourhood: a script counts as one of the repository's when it lies beside model/."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("__init__.py", "errors.py"):
+        shutil.copy(ROOT / "model" / name, folder)
+    (folder / "cli.py").write_text("import model.errors")
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+
+    def start(body, first="", python=(), env=None, prepare=lambda: None, **options):
+        def fresh():  # a shell that runs the tests in the background has SIGINT ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            prepare()
+
+        text = f"import model.cli\nimport sys, time\nfrom model.errors import run_main\n{first}\n"
+        (tmp_path / "script.py").write_text(f"{text}def main():\n    {body}\nrun_main(main)\n", "utf-8")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        command = [sys.executable, *python, str(tmp_path / "script.py")]
+        environment.update(env or {})
+        return subprocess.Popen(command, text=True, env=environment, preexec_fn=fresh, **pipes)
+
+    return start
+
+
+@pytest.mark.parametrize("where", ["importing", "main"])
+def test_two_quick_ctrl_c_are_one_line(repository, tmp_path, where):
+    (tmp_path / "heavy.py").write_text("import sys, time\nprint('here', flush=True)\ntime.sleep(30)")
+    first = "import heavy" if where == "importing" else ""
+    process = repository("print('here', flush=True); time.sleep(30)", first)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert errors == "error: interrupted\n" and process.returncode in (130, -signal.SIGINT)
+
+
+def test_an_interrupt_that_a_module_would_swallow_while_it_is_imported_ends_the_script(repository, tmp_path):
+    swallow = "import time\ntry:\n    print('here', flush=True); time.sleep(30)\nexcept BaseException: pass\n"
+    (tmp_path / "heavy.py").write_text(swallow)
+    process = repository("time.sleep(30)", "import heavy")
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "error: interrupted\n" and process.returncode == 130
+
+
+def test_an_interrupt_before_main_and_one_as_python_ends_leave_no_traceback(repository):
+    process = repository("pass", "raise KeyboardInterrupt")
+    assert process.communicate(timeout=20)[1] == "error: interrupted\n" and process.returncode == 130
+    interrupt = "import atexit\ndef late(): raise KeyboardInterrupt\natexit.register(late)"
+    process = repository("print('done')", interrupt)
+    assert process.communicate(timeout=20) == ("done\n", "") and process.returncode == 0
+
+
+def test_other_programs_keep_their_own_hooks():
+    program = "import signal, sys, model.errors\n"
+    program += "assert sys.excepthook is sys.__excepthook__ and sys.unraisablehook is sys.__unraisablehook__\n"
+    program += "assert signal.getsignal(signal.SIGINT) is not model.errors.interrupt\n"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_is_taken_care_of_before_the_slower_imports():
+    program = (
+        "import sys, model.cli; names = list(sys.modules); assert names.index('model.errors') < names.index('argparse')"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_ctrl_c_that_the_shell_had_ignored_stays_ignored(repository):
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    process = repository("print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)", "import signal", prepare=ignore)
+    assert process.communicate(timeout=20)[0] == "True\n"
+
+
+@pytest.mark.parametrize("script", ["1-pretrain.py", "train_tokenizer.py", "images/draw.py", "quickstart.py"])
+def test_without_the_environment_a_script_says_how_to_enter_it(script):
+    process = subprocess.run([sys.executable, "-S", script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert_one_line_error(process, "is not installed: source .venv/bin/activate, or make quickstart first")
+
+
+@pytest.mark.parametrize("encoding, shown", [("ascii", b"??x?"), ("gbk", "长江x?".encode("gbk")), ("utf-8", b"")])
+def test_what_the_terminal_cannot_show_is_a_question_mark(repository, encoding, shown):
+    process = repository("print('长江x\\udcff')", env={"PYTHONIOENCODING": encoding})
+    process.wait(timeout=20)
+    assert process.returncode == 0, process.stderr.read()
+    assert process.stdout.buffer.read().strip() == (shown or "长江x?".encode())
+
+
+def test_help_of_every_script_on_an_ascii_terminal():
+    for script in sorted(ROOT.glob("*.py")):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+        process = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, env=environment)
+        assert process.returncode == 0 and b"usage" in process.stdout, (script, process.stderr[-500:])
+
+
+def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(repository):
+    # Noticed at the end, in the middle of what is printed, and at every print.
+    for body, python in (("print('x')", ()), ("print('x' * 200_000)", ()), ("print('x')", ["-u"])):
+        process = repository(f"time.sleep(0.2); {body}", python=python)
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=20) == 1
+    process = repository("print('x')", stdout=open("/dev/full", "w"))
+    assert process.communicate(timeout=20)[1] == "error: No space left on device\n" and process.returncode == 1
+
+
+def test_an_error_is_told_although_nobody_reads_the_output(repository):
+    process = repository("time.sleep(0.2); print('x'); raise PermissionError(13, 'Permission denied', 'out')")
+    process.stdout.close()
+    assert process.stderr.read() == "error: out: Permission denied\n" and process.wait(timeout=20) == 1
+
+
+def test_closed_outputs_do_not_lend_their_number_to_a_file(repository, tmp_path):
+    close = lambda: (os.close(1), os.close(2))  # noqa: E731
+    body = f"file = open({str(tmp_path / 'file')!r}, 'w'); print('x'); print('y', file=sys.stderr); file.write('z')"
+    process = repository(f"{body}; return file.fileno() < 3", prepare=close)
+    assert process.wait(timeout=20) == 0 and (tmp_path / "file").read_text() == "z"
+
+
+def test_a_terminal_that_is_gone_does_not_end_what_tells_it_something(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    tell("SIGHUP: saving")
+
+
+def test_places_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    reasons = {
+        "file/x": "Not a directory",
+        "loop/x": "Too many levels of symbolic links",
+        "数" * 100: "File name too long",
+    }
+    for name, reason in reasons.items():
+        process = run_script("data_process.py", "demo", "--output_dir", tmp_path / name)
+        assert_one_line_error(process, name, reason)
 
 
 def test_every_fixed_flag_exists_with_help(parser):

@@ -12,6 +12,7 @@ def test_git_keeps_the_explanation_and_ignores_everything_else():
     if subprocess.run(["git", "rev-parse"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git working tree")
     made = ["out/pretrain_512.pth", "out/logs/pretrain_512.jsonl", "out/quickstart/README.md", "out/.hidden"]
+    made += ["raw/sft.jsonl"]  # the corpora of README.md
     process = subprocess.run(["git", "check-ignore", *made, "out/README.md"], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.split() == made
     text = (ROOT / "out" / "README.md").read_text("utf-8")
