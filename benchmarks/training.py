@@ -111,6 +111,7 @@ def main():
             raise UserError(f"--presets: {error}", exit_code=2) from None
         model = Transformer(config)
         cpu_kernels.install(model, device, dtype, args.compile)
+        model.to(device).rotary_table(args.max_seq_len, device)  # as training does: made within it would be compiled in
         steps[preset] = make_step(model, batch, device, dtype, args.compile, return_logits=False)
         flops[preset] = flops_per_token(model, args.max_seq_len)
         if not config.use_moe:

@@ -10,7 +10,9 @@ from model.data.dataset import IGNORED, batch_width
 from model.errors import UserError
 
 GROUPS_SORTED_TOGETHER = 64  # more: less padding; fewer: rows of a batch are more at random
-JITTER = 1 / 32  # of lengths: with 1/16 a set of 3,000 rows has 1.7 % more padding in batches of 64, with 1/32 0.9 %
+JITTER = (
+    1 / 8
+)  # of lengths: 500 rows in batches of 8 keep 22 % of their mates (1/32: 36 %) at 2.5 points more of padding
 
 
 class ResumableSampler:

@@ -20,11 +20,86 @@ def install(model, device, dtype, compile):
     model.training_loss_kernel = ChunkedCrossEntropy.apply if chunked else None
     blocks = device.type == "cpu" and dtype == torch.bfloat16
     for layer in model.layers:
-        layer.attention.training_kernel = BlockAttention.apply if blocks else None
+        layer.attention.training_kernel = block_attention if blocks else None
 
 
-class BlockAttention(torch.autograd.Function):
-    """Causal attention for bfloat16 training on a CPU, where PyTorch's fused kernel loses its time in tiny products.
+@torch.library.custom_op("minimind::block_attention", mutates_args=())
+def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """[output, probabilities of each block] of block_attention. (A custom operator is one node to torch.compile, which
+    would spend minutes on the loop and make it no faster.)"""
+    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    # Query heads that share a key head stand side by side, so one product with that key head serves them all.
+    shape = batch * groups, heads // groups, length, size
+    wide_query = query.float().mul_(size**-0.5).reshape(shape)
+    wide_key, value = key.float().reshape(-1, length, size), value.reshape(-1, length, size)
+    output, probabilities = torch.empty(shape, dtype=query.dtype), []
+    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
+    for start, end in blocks_of(length):
+        scores = wide_query[:, :, start:end].flatten(1, 2) @ wide_key[:, :end].transpose(1, 2)
+        scores = scores.view(*shape[:2], end - start, end)
+        scores[..., start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
+        probability = scores.softmax(dim=-1).to(query.dtype).flatten(1, 2)
+        output[:, :, start:end] = (probability @ value[:, :end]).view_as(output[:, :, start:end])
+        probabilities.append(probability)
+    return [output.view(batch, heads, length, size), *probabilities]
+
+
+@attend_by_blocks.register_fake
+def _(query, key, value):
+    (batch, heads, length, _), groups = query.shape, key.shape[1]
+    rows = [(end - start) * (heads // groups) for start, end in blocks_of(length)]
+    shapes = [(batch * groups, count, end) for count, (_, end) in zip(rows, blocks_of(length))]
+    return [query.new_empty(query.shape), *map(query.new_empty, shapes)]
+
+
+@torch.library.custom_op("minimind::block_attention_gradients", mutates_args=())
+def gradients_by_blocks(
+    output_gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    saved: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; saved: what attend_by_blocks returned."""
+    (batch, heads, length, size), groups = query.shape, key.shape[1]
+    shape = batch * groups, heads // groups, length, size
+    output_gradient, query, output = (part.reshape(shape) for part in (output_gradient, query, saved[0]))
+    key, wide_value = key.reshape(-1, length, size), value.float().reshape(-1, length, size)
+    wide_gradient = output_gradient.float()
+    product = (wide_gradient * output).sum(dim=-1, keepdim=True)
+    query_gradient = torch.empty_like(query)
+    key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
+    for probability, (start, end) in zip(saved[1:], blocks_of(length)):
+        scores_gradient = wide_gradient[:, :, start:end].flatten(1, 2) @ wide_value[:, :end].transpose(1, 2)
+        scores_gradient.sub_(product[:, :, start:end].flatten(1, 2)).mul_(probability)
+        scores_gradient = scores_gradient.to(query.dtype)
+        query_gradient[:, :, start:end] = (scores_gradient @ key[:, :end]).view_as(query_gradient[:, :, start:end])
+        key_gradient[:, :end] += scores_gradient.transpose(1, 2) @ query[:, :, start:end].flatten(1, 2)
+        value_gradient[:, :end] += probability.transpose(1, 2) @ output_gradient[:, :, start:end].flatten(1, 2)
+    gradients = query_gradient * size**-0.5, (key_gradient * size**-0.5).to(key.dtype), value_gradient.to(key.dtype)
+    return tuple(gradient.view(batch, -1, length, size) for gradient in gradients)
+
+
+@gradients_by_blocks.register_fake
+def _(output_gradient, query, key, value, saved):
+    return tuple(part.new_empty(part.shape) for part in (query, key, value))
+
+
+def save_for_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def gradients_of_inputs(ctx, gradients):
+    query, key, value, *saved = ctx.saved_tensors
+    return gradients_by_blocks(gradients[0], query, key, value, saved)
+
+
+attend_by_blocks.register_autograd(gradients_of_inputs, setup_context=save_for_gradients)
+
+
+def block_attention(query, key, value):
+    """Causal attention, query [B, H, T, D], key and value [B, G, T, D] -> [B, H, T, D], for bfloat16 training on a CPU,
+    where PyTorch's fused kernel loses its time in tiny products.
 
     Queries go in blocks, each against all keys up to its end, all heads of all rows in one batched product, so that a
     block's scores stay in the cache and the upper triangle is never computed. What the softmax and its derivative
@@ -32,49 +107,7 @@ class BlockAttention(torch.autograd.Function):
     afterwards bfloat16. Probabilities are kept for the backward pass: B * H * T^2 bytes a layer. Backward:
     dS = P * (dP - rowsum(dO * O)), as in FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 2).
     """
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        (batch, heads, length, size), groups = query.shape, key.shape[1]
-        # Query heads that share a key head stand side by side, so one product with that key head serves them all.
-        query = query.reshape(batch * groups, heads // groups, length, size)
-        key, value = (part.reshape(batch * groups, length, size) for part in (key, value))
-        wide_query, wide_key = query.float() * size**-0.5, key.float()
-        output, probabilities = torch.empty_like(query), []
-        future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
-        for start, end in blocks_of(length):
-            scores = wide_query[:, :, start:end].flatten(1, 2) @ wide_key[:, :end].transpose(1, 2)
-            scores = scores.view(*query.shape[:2], end - start, end)
-            scores[..., start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
-            probability = scores.softmax(dim=-1).to(query.dtype).flatten(1, 2)
-            output[:, :, start:end] = (probability @ value[:, :end]).view_as(output[:, :, start:end])
-            probabilities.append(probability)
-        ctx.save_for_backward(query, key, value, output, *probabilities)
-        ctx.batch = batch
-        return output.view(batch, heads, length, size)
-
-    @staticmethod
-    def backward(ctx, output_gradient):
-        query, key, value, output, *probabilities = ctx.saved_tensors
-        batch, (length, size) = ctx.batch, query.shape[2:]
-        output_gradient = output_gradient.reshape(query.shape)
-        wide_gradient, wide_value = output_gradient.float(), value.float()
-        product = (wide_gradient * output.float()).sum(dim=-1, keepdim=True)
-        query_gradient = torch.empty_like(query)
-        key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
-        for probability, (start, end) in zip(probabilities, blocks_of(length)):
-            scores_gradient = wide_gradient[:, :, start:end].flatten(1, 2) @ wide_value[:, :end].transpose(1, 2)
-            scores_gradient.sub_(product[:, :, start:end].flatten(1, 2)).mul_(probability)
-            scores_gradient = scores_gradient.to(query.dtype)
-            query_gradient[:, :, start:end] = (scores_gradient @ key[:, :end]).view_as(query_gradient[:, :, start:end])
-            key_gradient[:, :end] += scores_gradient.transpose(1, 2) @ query[:, :, start:end].flatten(1, 2)
-            value_gradient[:, :end] += probability.transpose(1, 2) @ output_gradient[:, :, start:end].flatten(1, 2)
-        scale = size**-0.5
-        query_gradient = (query_gradient * scale).view(batch, -1, length, size)
-        key_gradient, value_gradient = (
-            gradient.to(key.dtype).view(batch, -1, length, size) for gradient in (key_gradient * scale, value_gradient)
-        )
-        return query_gradient, key_gradient, value_gradient
+    return attend_by_blocks(query, key, value)[0]
 
 
 def blocks_of(length):

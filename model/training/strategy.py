@@ -33,6 +33,7 @@ class DataParallel:
             self.runner = nn.parallel.DistributedDataParallel(model, device_ids)
         if settings.compile:
             check_compiler(device)
+            model.rotary_table(model.config.max_seq_len, device)  # made within, it would be compiled in, and out again
             self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
         # float16 alone needs scaling: its smallest numbers swallow gradients that bfloat16 keeps.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -374,7 +374,7 @@ def test_the_order_by_length_is_what_its_seed_says():
     lengths = np.random.default_rng(1).integers(1, 99, 1501)
     generator, expected = np.random.default_rng((7, 2, 3)), np.arange(1501)
     generator.shuffle(expected)
-    longer = [int(length * (1 + 640 / 1501 / 32 * chance)) for length, chance in zip(lengths, generator.random(1501))]
+    longer = [int(length * (1 + 640 / 1501 / 8 * chance)) for length, chance in zip(lengths, generator.random(1501))]
     # A batch is as wide as its longest row, rounded up to a multiple of 4 from 64 on, of 2 from 32 on.
     widths = [math.ceil(n / 4) * 4 if n >= 64 else math.ceil(n / 2) * 2 if n >= 32 else n for n in longer]
     rows = [sorted(expected[start : start + 640].tolist(), key=widths.__getitem__) for start in range(0, 1501, 640)]
@@ -400,7 +400,7 @@ def repeated_mates(first, second, size):
 
 
 @pytest.mark.parametrize(
-    "rows, size, before, most", [(500, 8, 0.82, 0.40), (3000, 64, 0.87, 0.50), (3000, 8, 0.09, 0.07)]
+    "rows, size, before, most", [(500, 8, 0.82, 0.28), (3000, 64, 0.87, 0.35), (3000, 8, 0.09, 0.07)]
 )
 def test_rows_meet_others_in_every_epoch_at_little_padding(rows, size, before, most):
     """`before`: where nothing but the length decides who meets."""
@@ -414,7 +414,7 @@ def test_rows_meet_others_in_every_epoch_at_little_padding(rows, size, before, m
             part[:] = part[np.argsort(lengths[part], kind="stable")]
     assert repeated_mates(*plain, size) == pytest.approx(before, abs=0.03)
     assert repeated_mates(sampler.order(0), sampler.order(1), size) < most
-    assert padding_share(sampler.order(0), lengths, size) < padding_share(plain[0], lengths, size) + 0.011
+    assert padding_share(sampler.order(0), lengths, size) < padding_share(plain[0], lengths, size) + 0.05
 
 
 def test_resuming_with_other_data_is_refused():
