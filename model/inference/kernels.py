@@ -20,12 +20,12 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x):
         weight = self.weight
-        if torch.is_grad_enabled() or not can_pack(weight) or x.dtype != weight.dtype:
-            return F.linear(x, weight)
         if torch.compiler.is_compiling():
-            if x.numel() > self.in_features:
+            if x.numel() > self.in_features or x.device.type != "cpu" or torch.is_grad_enabled():
                 return F.linear(x, weight)
             return (weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+        if torch.is_grad_enabled() or not can_pack(weight) or x.dtype != weight.dtype:
+            return F.linear(x, weight)
         source = weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
         if self.packed_from != source:  # the first time, and when the weight was changed since
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
