@@ -1,6 +1,5 @@
 """Generation: the cache changes nothing, sampling follows its definition, a request doesn't notice its neighbours."""
 
-import copy
 import dataclasses
 import random
 
@@ -445,7 +444,7 @@ def test_fixed_shapes_for_compiled_code_change_no_answer(any_model, monkeypatch,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_step_is_one_graph(model, monkeypatch, dtype):
+def test_a_compiled_step_is_one_graph(monkeypatch, dtype):
     """A break in it would compile each layer by itself and come out slower than eager."""
     torch._dynamo.reset()
     compile_function, compiled = torch.compile, []
@@ -456,7 +455,7 @@ def test_a_compiled_step_is_one_graph(model, monkeypatch, dtype):
 
     monkeypatch.setattr(torch, "compile", whole)
     monkeypatch.setattr("model.inference.engine.check_compiler", lambda device: None)
-    engine = Engine(copy.deepcopy(model).to(dtype), compile=True)
+    engine = Engine(tiny_model().to(dtype), compile=True)
     parameters = SamplingParameters(temperature=0.0, max_new_tokens=6, stop_token_ids=())
     (request,) = engine.generate([[5, 6, 7]], parameters)
     assert len(request.token_ids) == 6 and compiled
