@@ -32,6 +32,10 @@ class PackedLinear(nn.Linear):
             self.packed_from = source
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
+    def __getstate__(self):
+        """Copies and pickles pack for themselves: a packed weight cannot be copied."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "packed_from")}
+
 
 def can_pack(weight):
     """Whether oneDNN is here and multiplies what `weight` holds."""

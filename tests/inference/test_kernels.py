@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import TINY
 from model.inference.kernels import OneTokenAttention, can_pack, install
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -86,3 +87,12 @@ def test_one_token_attention_is_each_head_by_itself(dtype, flash_attn):
                 torch.testing.assert_close(
                     result[row, head, 0].double(), weights @ values, atol=TOLERANCE[dtype] / 2, rtol=0
                 )
+
+
+def test_a_model_that_has_decoded_can_be_copied():
+    torch.manual_seed(0)
+    model = install(Transformer(LMConfig(**TINY, vocab_size=50)).eval())
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.allclose(copy.deepcopy(model)(ids).logits, expected, atol=1e-6)
