@@ -35,6 +35,7 @@ EXTRA = {
     "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
     "benchmarks/data_process.py": ["--megabytes", "1"],
     "benchmarks/context_length.py": ["--tokens", "256"],
+    "benchmarks/kill_and_resume.py": ["--kills", "1"],
     "benchmarks/held_out_split.py": ["--documents", "80", "--epochs", "1"],
 }
 LEFT_OUT = ("--compile",)  # takes minutes
