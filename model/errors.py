@@ -15,7 +15,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class UserError(Exception):
-    """Something the user can mend: one line naming file, line or flag and the way out. exit_code 2: wrong usage."""
+    """Something the user can mend: one line naming file, line or flag and the way out. exit_code 2: wrong usage. An empty
+    message: another process tells."""
 
     def __init__(self, message, exit_code=1):
         super().__init__(message)
@@ -40,7 +41,7 @@ def run_main(main):
         if line is None:
             raise
         finish_stdout()
-        if not isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
+        if line and not isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
             with contextlib.suppress(OSError):
                 print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
@@ -55,7 +56,9 @@ def describe(error):
     if isinstance(error, OSError) and error.errno is not None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror, 1
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # torch has no class of its own for it
+    # torch has no class of its own for a CPU's memory, and its own one for a GPU's is not imported here
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "DefaultCPUAllocator" in str(error):
         return "out of memory; end other programs, or choose a smaller model, batch or context", 1
     if isinstance(error, ModuleNotFoundError) and (package := requirement(error.name)):
         return f"{package} is not installed: source .venv/bin/activate, or make quickstart first", 1

@@ -27,7 +27,7 @@ except ImportError:
 open_plain = functools.partial(open, buffering=1 << 20)
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd.open}
 NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP)
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 ABANDONED_AFTER = 24 * 3600  # seconds without a write
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstd.ZstdError)
 
@@ -78,7 +78,8 @@ def atomic_files():
     """A context that gives create(path, mode, **open_arguments) -> handle: each handle writes to a temporary file beside
     `path`. If the block ends without error all of them are fsynced, and only then renamed, in the order of creation.
 
-    A crash, a full disk or Ctrl-C leaves the previous files (or none) untouched and removes the temporary ones; what
+    A crash, a full disk or Ctrl-C before that leaves the previous files (or none) untouched and removes the temporary
+    ones (between two renames it leaves some new and some old ones: the caller says how that is noticed); what
     kill -9 leaves is never mistaken for a result, and goes when the same file is written again. A link stays one: the
     file it points to is replaced. Raises UserError for a path that is no file: a folder, a device, links in a circle.
     """

@@ -261,10 +261,11 @@ class MOEFeedForward(nn.Module):
         """Whether grouped products can do it and are faster: on a GPU, which would wait for the numbers, and in compiled
         training, which would break off. They copy all weights, so that a CPU is faster without. Layers that adapters have
         replaced must be called themselves."""
-        w1, compiled = self.experts[0].w1, torch.compiler.is_compiling() and torch.is_grad_enabled()
-        whole = copies.device.type == "cuda" or compiled
-        aligned = isinstance(w1, nn.Linear) and w1.in_features % 8 == 0 and w1.out_features % 8 == 0
-        return whole and aligned and copies.dtype != torch.float64 and hasattr(F, "grouped_mm")
+        pays = copies.device.type == "cuda" or (torch.compiler.is_compiling() and torch.is_grad_enabled())
+        if not pays or copies.dtype == torch.float64 or not hasattr(F, "grouped_mm"):
+            return False
+        layers = [layer for expert in self.experts for layer in (expert.w1, expert.w2, expert.w3)]
+        return all(isinstance(layer, nn.Linear) and layer.in_features % 8 == 0 for layer in layers)
 
     def grouped(self, copies, ends):
         """copies [N * k, C] sorted by expert, those of expert e ending at ends[e] -> [N * k, C], in three products and
@@ -389,8 +390,8 @@ class Transformer(PreTrainedModel, GenerationMixin):
         position_ids [T] or [B, T]: default, the token's place after the cached ones.
         num_items_in_batch: divide the summed loss by this instead of the number of supervised targets.
         logits_to_keep: logits of only the last so many positions (0: all), or LongTensor [B, n]: of these positions.
-        return_logits=False (training): .logits is None; with a training_loss_kernel the loss never holds [B, T, V]
-            numbers at once.
+        return_logits=False (training): .logits is None; with a training_loss_kernel and gradients the loss never holds
+            [B, T, V] numbers at once.
         past_key_values, inputs_embeds [B, T, C], return_dict and flags (use_cache, output_attentions, ...): what
             transformers and peft pass. A transformers Cache is a kv_cache. Raises TypeError for a flag that asks for
             what this model does not give.

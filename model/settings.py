@@ -118,7 +118,7 @@ class TrainingSettings(Checked):
         "adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon")
     )
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
-    seed: int = flag(1337, "weights, order, split (default: {default})", least=0)
+    seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
     dtype: str = flag(

@@ -200,6 +200,17 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_0(run, flags, tmp_path, 
     assert metadata["step"] == int(step) >= 5
 
 
+def test_sigterm_to_all_processes_saves_too(flags, tmp_path, pretrain_csv):
+    """As timeout, torchrun and job schedulers send it: to the processes that prepare batches as well."""
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 100000, "--log_interval", 1]
+    process, _ = start_script([*words, "--num_workers", 2, "--save_interval", 100000], until="step 5/")
+    os.killpg(process.pid, signal.SIGTERM)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    assert errors.count("SIGTERM: finishing") == 1 and "stopped and saved at step" in rest
+    assert load_model(tmp_path / "out" / "pretrain_32.pth")[1]["step"] >= 5
+
+
 def test_stop_after_leaves_with_0_and_its_command_ends_with_the_weights_of_a_straight_run(
     run, flags, tmp_path, pretrain_csv
 ):

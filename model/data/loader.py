@@ -1,6 +1,7 @@
 """Which rows form each batch, in an order that can be resumed, and the loop over the batches of one rank."""
 
 import itertools
+import signal
 
 import numpy as np
 import torch
@@ -87,6 +88,14 @@ class ResumableSampler:
             setattr(self, name, int(state[name]))
 
 
+def leave_signals_to_the_main_process(worker):
+    """What stops a run reaches all of its processes. The main one saves, and its workers end when it has no more to ask;
+    without them it could not finish the step."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class BatchLoader:
     """`for batch in loader` yields the rest of the current epoch for this rank; iterate again for the next one.
 
@@ -107,7 +116,8 @@ class BatchLoader:
         wanted, handed_out = itertools.tee(self.sampler.batches())  # workers are ahead of what is handed out
         indices = (rows if len(rows) else [0] for rows in wanted)
         generator = torch.Generator()  # else it would draw from the global one, and a resumed run would differ
-        batches = DataLoader(self.dataset, batch_size=None, sampler=indices, generator=generator, **self.options)
+        options = dict(sampler=indices, generator=generator, worker_init_fn=leave_signals_to_the_main_process)
+        batches = DataLoader(self.dataset, batch_size=None, **options, **self.options)
         for batch, rows in zip(batches, handed_out):
             if not len(rows):
                 batch["labels"].fill_(IGNORED)  # a rank without rows keeps step

@@ -167,6 +167,8 @@ class Engine:
         """
         older, logits, deltas = len(self.running), [], []
         admitted = list(itertools.islice(self.waiting, self.max_batch - older))
+        while len(admitted) > (older == 0) and not self.fits(older + len(admitted)):
+            admitted.pop()  # it waits until others have left
         if admitted:
             try:
                 logits.append(self.prefill(admitted))
@@ -245,6 +247,10 @@ class Engine:
         cache.lengths.copy_(lengths)
         return result
 
+    def fits(self, rows):
+        """Whether the cache holds so many rows, or could."""
+        return (self.cache is not None and self.cache.batch >= rows) or self.has_memory_for(rows)
+
     def has_memory_for(self, rows):
         """Whether a cache of so many rows can be held. Linux grants more than it has and ends the process later."""
         config, device = self.model.config, self.model.device
@@ -258,6 +264,8 @@ class Engine:
         if self.cache is not None and self.cache.batch >= rows:
             return
         batch = min(self.max_batch, max(rows, 2 * self.cache.batch if self.cache else 1))
+        if not self.has_memory_for(batch):
+            batch = rows
         if not self.has_memory_for(batch):
             raise MemoryError
         larger = KVCache(self.model.config, batch, self.max_length, self.model.dtype, self.model.device)

@@ -30,7 +30,7 @@ def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     (batch, heads, length, size), groups = query.shape, key.shape[1]
     # Query heads that share a key head stand side by side, so one product with that key head serves them all.
     shape = batch * groups, heads // groups, length, size
-    wide_query = query.float().mul_(size**-0.5).reshape(shape)
+    wide_query = (query.float() * size**-0.5).reshape(shape)
     wide_key, value = key.float().reshape(-1, length, size), value.reshape(-1, length, size)
     output, probabilities = torch.empty(shape, dtype=query.dtype), []
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
@@ -107,7 +107,8 @@ def block_attention(query, key, value):
     afterwards bfloat16. Probabilities are kept for the backward pass: B * H * T^2 bytes a layer. Backward:
     dS = P * (dP - rowsum(dO * O)), as in FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 2).
     """
-    return attend_by_blocks(query, key, value)[0]
+    with torch.autocast("cpu", enabled=False):  # which would multiply in bfloat16 what was made float32
+        return attend_by_blocks(query, key, value)[0]
 
 
 def blocks_of(length):

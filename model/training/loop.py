@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from filelock import Timeout
 
-from model.checkpoint import checkpoint_path, file_sha256, read_tensors, resume_path, save_checkpoint
+from model.checkpoint import (
+    checkpoint_path,
+    file_sha256,
+    read_metadata,
+    read_tensors,
+    resume_path,
+    save_checkpoint,
+)
 from model.data.dataset import token_byte_lengths
 from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
@@ -82,6 +89,7 @@ class RunState:
     stopping: bool = False
     gradient_norm: float = 0.0  # of the last step, before clipping
     steady_since: float | None = None  # when the first step of this process was over, which may hold compilation
+    steady_from: float = 0.0  # train_seconds then
 
     def progress(self):
         """What a checkpoint tells, as a dict."""
@@ -115,7 +123,7 @@ class Trainer:
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
-        self.stop, self.state = resume.StopRequest(), RunState()
+        self.stop, self.state, self.torn = resume.StopRequest(), RunState(), None
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
@@ -163,13 +171,23 @@ class Trainer:
             self.train_loader.load_state_dict(saved["loader"])
             resume.restore_random_states(saved["random"], self.device, self.settings.seed + saved["progress"]["step"])
             self.state = RunState(**saved["progress"], saved_step=int(saved["progress"]["step"]))
-            self.state.finished &= saved["trajectory"][1]["--max_minutes"] == self.settings.max_minutes
+            before, now = saved["trajectory"][1], self.trajectory[1]
+            self.state.finished &= all(before[flag] == now[flag] for flag in resume.SCHEDULE_FLAGS)
             self.parent = saved["parent"]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path}: no training state that fits this run ({error!r}); omit --resume") from None
-        torn = ranks.is_main() and not (self.path.is_file() and file_sha256(self.path) == saved["weights_sha256"])
-        if any(ranks.sum_over_ranks([torn])):  # the machine stopped between two renames of the last save
-            warn(f"{self.path} is not of step {self.state.step:,}, where {path} goes on; mending it")
+        self.torn = saved["weights_sha256"]
+
+    def mend(self):
+        """Write the checkpoint again, from which this run goes on, where the machine stopped between two renames of its
+        last save: beside the training state lie older weights, or an older description."""
+        sha256, self.torn = self.torn, None
+        try:
+            whole = file_sha256(self.path) == read_metadata(self.path).get("weights_sha256") == sha256
+        except (OSError, UserError):  # missing, or damaged
+            whole = False
+        if any(ranks.sum_over_ranks([ranks.is_main() and not whole])):
+            warn(f"{self.path} and its .json are not of step {self.state.step:,}, where this run goes on; mending them")
             self.save()
 
     def check_parent(self, saved):
@@ -197,9 +215,14 @@ class Trainer:
             state.first_step, state.steady_since, state.stopping = state.step, None, False
             self.model.train()
             try:
+                if self.torn:
+                    self.mend()
                 if state.saved_step is None:
                     self.validate()
-                if state.step >= self.schedule.total_steps or (state.finished and self.settings.max_minutes):
+                if state.finished and state.validation_loss is None and len(self.validation_loader):
+                    self.validate()  # which a signal had cut short
+                    self.save()
+                if state.step >= self.schedule.total_steps or state.finished:
                     ranks.print_once(f"nothing left to do: {self.step_of_total} is done")
                 else:
                     state.stopping = self.stop_is_due
@@ -219,11 +242,15 @@ class Trainer:
     def alone(self):
         """A context in which no other run writes this checkpoint. Raises UserError when one does already."""
         with contextlib.ExitStack() as stack:
-            if ranks.is_main():
+
+            def lock():
                 try:
-                    stack.enter_context(locked(self.log.path.with_name(f".{self.run_name}.lock"), timeout=0))
+                    lock_path = self.log.path.with_name(f".{self.run_name}.lock")
+                    stack.enter_context(locked(lock_path, timeout=0))
                 except Timeout:
                     raise UserError(f"{self.path}: another run is writing it; choose another --out_dir") from None
+
+            ranks.on_main(lock)
             yield
 
     def close(self):
@@ -240,7 +267,8 @@ class Trainer:
                 self.leave(before, window)
                 return
             window["seconds"] += time.perf_counter() - clock
-            state.train_seconds += time.perf_counter() - clock
+            if not (settings.compile and state.step == state.first_step + 1):  # compilation is no training
+                state.train_seconds += time.perf_counter() - clock
             self.log.advance()
             done = state.finished or state.stopping or self.stop_is_due
             if state.step % settings.log_interval == 0 or done or state.step == state.first_step + 1:
@@ -295,12 +323,15 @@ class Trainer:
         sums = [sum(column) for column in zip(*counts)][:4] + [flops, state.train_seconds, self.stop.requested]
         items, rows, tokens, size, flops, seconds, stops = ranks.sum_over_ranks(sums)
         seconds /= ranks.world_size()  # all ranks follow one clock
+        if state.step <= state.first_step + 1:
+            state.steady_from = seconds  # the first step of a process is slower, by minutes where it is compiled
+        pace = (seconds - state.steady_from) / max(1, state.step - state.first_step - 1)
         loss = None if stops else self.accumulate(batches, [count[1] / rows for count in counts], items)
         if loss is None:
             return False
         loss, state.gradient_norm = self.update(loss, self.schedule.factor(state.step, seconds))
         state.step += 1
-        state.finished = self.schedule.is_over(state.step, seconds * state.step / max(1, state.step - 1))
+        state.finished = self.schedule.is_over(state.step, seconds + pace, pace)
         state.tokens_seen += int(tokens)
         state.supervised_tokens_seen += int(items)
         window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
@@ -403,6 +434,8 @@ class Trainer:
         self.model.train()
         *totals, stops = ranks.sum_over_ranks([*sums.values(), self.stop.requested])
         if stops:
+            if state.finished:  # what it had before is of other weights
+                state.validation_loss = state.validation_bits_per_byte = None
             return
         sums = dict(zip(sums, totals))
         loss, bits_per_byte = state.validation_loss, state.validation_bits_per_byte = mean_loss(sums)
@@ -426,16 +459,20 @@ class Trainer:
             raise UserError(
                 f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
             )
-        if not ranks.is_main():
-            return
-        metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
-        total_steps = self.schedule.total_steps if self.schedule.total_steps < math.inf else None
-        metadata.update(total_steps=total_steps, peak_memory_bytes=peak_memory(self.device))
         training_state.update(progress=state.progress(), parent=self.parent, random=states, trajectory=self.trajectory)
         training_state["loader"] = self.train_loader.state_dict()
+        ranks.on_main(lambda: self.write(weights, training_state, previous))
+
+    def write(self, weights, training_state, previous):
+        """Write the three files of a checkpoint; `previous` is the step that the present ones are of."""
+        state, total_steps = self.state, self.schedule.total_steps
+        metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata["total_steps"] = total_steps if total_steps < math.inf else None
+        metadata["peak_memory_bytes"] = peak_memory(self.device)
         try:
             with self.stop.held():
                 save_checkpoint(self.path, self.model, metadata, training_state, weights)
+            self.log.keep()
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise

@@ -71,9 +71,10 @@ class Schedule:
         progress = min(1.0, max(steps, elapsed / self.seconds))
         return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
-    def is_over(self, step, elapsed):
-        """Whether nothing is left to do after `step` steps in `elapsed` seconds: no further step would fit."""
-        return step >= self.total_steps or (step > 0 and elapsed + elapsed / step > self.seconds)
+    def is_over(self, step, elapsed, pace):
+        """Whether nothing is left to do after `step` steps in `elapsed` seconds: a further one, of `pace` seconds, would
+        not fit."""
+        return step >= self.total_steps or elapsed + pace > self.seconds
 
 
 def make_schedule(settings, steps_per_epoch):

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from model.errors import say
+from model.errors import UserError, say
 
 
 def rank():
@@ -55,6 +55,19 @@ def sum_over_ranks(values):
     if world_size() > 1:
         dist.all_reduce(total)
     return total.tolist()
+
+
+def on_main(action):
+    """Run action() on the main rank. Where it raises UserError every rank does, so that none waits for the others; only
+    the main one's says why."""
+    error = None
+    if is_main():
+        try:
+            action()
+        except UserError as problem:
+            error = problem
+    if any(sum_over_ranks([error is not None])):
+        raise error or UserError("")
 
 
 def gather(value):

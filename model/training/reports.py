@@ -33,7 +33,7 @@ class RunLog:
     """
 
     def __init__(self, path, active=True):
-        self.path, self.active = path, active
+        self.path, self.current, self.active = path, path, active
         self.bar = self.wandb_run = None
 
     def start(self, first_step, total_steps, wandb_run=None):
@@ -42,7 +42,9 @@ class RunLog:
         if not self.active:
             return
         kept = self.path.read_text(encoding="utf-8").splitlines() if first_step and self.path.exists() else []
-        with atomic_write(self.path, "w", encoding="utf-8") as handle:
+        if not first_step and self.path.exists():  # an earlier run's, as long as its checkpoint is
+            self.current = self.path.with_name(f"{self.path.name}.new")
+        with atomic_write(self.current, "w", encoding="utf-8") as handle:
             handle.writelines(line + "\n" for line in kept if step_of(line) <= first_step)
         # disable=None: no bar where stderr is not a terminal.
         total = total_steps if total_steps < math.inf else None
@@ -59,14 +61,23 @@ class RunLog:
         if not self.active:
             return
         say(text, write=tqdm.write)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        try:
+            self.current.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.current, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:  # a full disk, for one, ends the run when it saves
+            warn(f"{self.current}: {error.strerror}; this line is not in it")
         if self.wandb_run is not None:
             step = record.pop("step")
             self.wandb_run.log(
                 {name: value for name, value in record.items() if not isinstance(value, list)}, step=step
             )
+
+    def keep(self):
+        """The run's first checkpoint is written: its log takes the place of an earlier run's."""
+        if self.current != self.path:
+            os.replace(self.current, self.path)
+            self.current = self.path
 
     def close(self):
         if self.bar is not None:

@@ -14,6 +14,7 @@ from model.errors import UserError, say, warn
 from model.training import ranks
 
 STEPS_FLAG = "--epochs or --max_steps (in steps)"
+SCHEDULE_FLAGS = (STEPS_FLAG, "--max_minutes")
 SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes")
 
 
@@ -112,14 +113,15 @@ class StopRequest:
 
     def note(self, number, frame):
         if os.getpid() != self.process:
-            return  # a process that prepares batches: it ends with the main one
+            return  # a process that prepares batches, in its first moment
         if self.requested and not self.saving:
             self.restore()
             signal.raise_signal(number)
         elif not self.requested:
             self.requested = True
             doing = "saving" if self.saving else "finishing this forward and backward pass, then saving"
-            say(f"{signal.Signals(number).name}: {doing}", sys.stderr)
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+                say(f"{signal.Signals(number).name}: {doing}", sys.stderr)
 
     @contextlib.contextmanager
     def held(self):

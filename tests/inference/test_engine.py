@@ -350,7 +350,15 @@ def test_a_context_beyond_memory_is_one_line(model, monkeypatch):
     memory = type("Memory", (), dict(available=one_row))
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
     assert Engine(model).generate([[5]], GREEDY)[0].finish_reason == "length"
-    assert [request.finish_reason for request in Engine(model).generate([[5], [6]], GREEDY)] == ["error"] * 2
+    engine = Engine(model)  # where there is room for one row, the others wait
+    assert [request.finish_reason for request in engine.generate([[5], [6], [7]], GREEDY)] == ["length"] * 3
+    assert engine.cache.batch == 1
+    memory.available = 3 * one_row
+    engine = Engine(model)
+    parameters = [dataclasses.replace(GREEDY, max_new_tokens=count) for count in (3, 4, 5, 6)]
+    requests = engine.generate([[5], [6], [7], [8]], parameters)
+    assert [len(request.token_ids) for request in requests] == [3, 4, 5, 6] and engine.cache.batch == 3
+    memory.available = one_row
     memory.available -= 1
     with pytest.raises(UserError, match="--max_seq_len 64"):
         Engine(model)

@@ -34,7 +34,8 @@ def errors(attention, inputs, gradient):
     exact = [part.double().requires_grad_() for part in inputs]
     rounded = [part.clone().requires_grad_() for part in inputs]
     expected = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
-    output = attention(*rounded)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        output = attention(*rounded)
     pairs = [
         (output, expected),
         *zip(torch.autograd.grad(output, rounded, gradient), torch.autograd.grad(expected, exact, gradient.double())),

@@ -180,12 +180,12 @@ def test_schedule_by_time_warms_up_then_follows_the_clock():
     assert schedule.factor(50, 1.0) == pytest.approx(51 / 101)
     assert schedule.factor(9, 30.0) == pytest.approx(cosine[30]) and schedule.factor(100, 3) == pytest.approx(cosine[3])
     assert schedule.factor(10**6, 300) == pytest.approx(0.55) and schedule.factor(7, 600) == pytest.approx(0.1)
-    assert not schedule.is_over(0, 0.0) and not schedule.is_over(10, 500) and not schedule.is_over(599, 599)
-    assert schedule.is_over(10, 546) and schedule.is_over(3, 599)  # another step of that length would end too late
+    assert not schedule.is_over(0, 0.0, 0.0) and not schedule.is_over(10, 500, 50) and not schedule.is_over(2, 599, 1)
+    assert schedule.is_over(10, 546, 55) and schedule.is_over(3, 601, 0)  # another step of 55 s would end too late
     both = make_schedule(TrainingSettings(max_minutes=10, max_steps=100, warmup_iters=3), 1000)
     assert both.factor(51, 60) == Schedule(100, 3).factor(51) and both.factor(4, 300) == pytest.approx(0.55)
     assert both.factor(1, 60.0) == 0.5  # --warmup_iters is in steps
-    assert both.is_over(100, 1) and both.is_over(99, 599)
+    assert both.is_over(100, 1, 0) and both.is_over(99, 599, 2)
     assert make_schedule(TrainingSettings(max_minutes=10, epochs=2), 30).total_steps == 60
 
 

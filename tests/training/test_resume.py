@@ -1,7 +1,9 @@
 """Stopping, saving and going on: exactly, whatever comes in between; what --resume and a fresh start refuse."""
 
+import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_loop import make_trainer, records, weights
 from model.checkpoint import read_metadata, resume_path
 from model.errors import UserError
 from model.files import locked
+from model.training import ranks
 from model.training.loop import language_model_loss
 from model.training.optimizer import Schedule
 from model.training.resume import StopRequest
@@ -322,7 +325,8 @@ def test_other_ranks_go_on_with_generators_of_their_own(monkeypatch, pretrain_cs
     assert not torch.equal(torch.rand(3), alike)
 
 
-def test_files_torn_by_a_stop_between_two_renames_are_mended(pretrain_csv, tmp_path, tokenizer, capsys):
+@pytest.mark.parametrize("torn", [["test_32.pth", "test_32.json"], ["test_32.json"], ["missing"], ["damaged"]])
+def test_files_torn_by_a_stop_between_two_renames_are_mended(pretrain_csv, tmp_path, tokenizer, capsys, torn):
     words = ("--max_steps", 6, "--save_interval", 3)
     kept = {}
 
@@ -334,13 +338,18 @@ def test_files_torn_by_a_stop_between_two_renames_are_mended(pretrain_csv, tmp_p
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=copies)
     run.train()
     complete = contents(tmp_path)
-    for name in ("test_32.pth", "test_32.json"):
-        (tmp_path / name).write_bytes(kept[name])
+    if torn == ["missing"]:
+        (tmp_path / "test_32.json").unlink()
+    elif torn == ["damaged"]:
+        (tmp_path / "test_32.json").write_text("{")
+    else:
+        for name in torn:
+            (tmp_path / name).write_bytes(kept[name])
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
     run.resume()
     assert run.train() is True
     shown = capsys.readouterr()
-    assert "mending it" in shown.err and "nothing left to do: step 6/6 is done" in shown.out
+    assert "mending them" in shown.err and "nothing left to do: step 6/6 is done" in shown.out
     assert (tmp_path / "test_32.pth").read_bytes() == complete["test_32.pth"]
     assert read_metadata(run.path)["step"] == 6 and "mending" not in shown.out
 
@@ -443,3 +452,84 @@ def test_a_training_state_that_does_not_fit_is_one_line(pretrain_csv, tmp_path, 
     torch.save(state, resume_path(run.path))
     with pytest.raises(UserError, match="test_32.resume.pth: no training state that fits this run"):
         run.resume()
+
+
+def test_a_validation_cut_short_at_the_last_step_is_made_up_for(pretrain_csv, tmp_path, tokenizer):
+    def interrupted(model, batch, num_items):
+        if not model.training and run.state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return language_model_loss(model, batch, num_items)
+
+    words = ("--max_steps", 3, "--batch_size", 1)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=interrupted)
+    assert run.train() is True
+    assert read_metadata(run.path)["finished"] and read_metadata(run.path)["validation_loss"] is None
+    straight = make_trainer(pretrain_csv, tmp_path / "straight", *words, tokenizer=tokenizer)
+    straight.train()
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.resume()
+    assert run.train() is True
+    assert read_metadata(run.path)["validation_loss"] == straight.state.validation_loss
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(pretrain_csv, tmp_path, tokenizer):
+    make_trainer(pretrain_csv, tmp_path, "--max_steps", 3, "--max_minutes", 5, tokenizer=tokenizer).train()
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 6, "--max_minutes", 5, tokenizer=tokenizer)
+    run.resume()
+    assert run.train() is True and run.state.step == 6
+
+
+def test_a_slow_first_step_does_not_end_a_run_by_time(pretrain_csv, tmp_path, tokenizer):
+    def slow_at_first(model, batch, num_items):
+        if model.training and run.state.step == 0:
+            time.sleep(0.7)
+        return language_model_loss(model, batch, num_items)
+
+    words = ("--max_minutes", 0.02)  # 1.2 s
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=slow_at_first)
+    assert run.train() is True and run.state.step > 5 and run.state.train_seconds > 1.1
+
+
+def test_overwrite_keeps_the_log_as_long_as_its_checkpoint(pretrain_csv, tmp_path, tokenizer):
+    words = ("--max_steps", 4, "--save_interval", 2, "--log_interval", 1)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    run.train()
+    before, seen = records(run), []
+
+    def looks(model, batch, num_items):
+        if model.training:
+            seen.append(records(run) == before)
+        return language_model_loss(model, batch, num_items)
+
+    run = make_trainer(
+        pretrain_csv, tmp_path, *words, "--seed", 4, "--overwrite", tokenizer=tokenizer, loss_function=looks
+    )
+    run.train()
+    assert seen == [True, True, False, False]
+    assert [line["step"] for line in records(run) if "loss" in line] == [1, 2, 3, 4] and records(run) != before
+    assert [path.name for path in (tmp_path / "logs").glob("*.jsonl*")] == ["test_32.jsonl"]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(pretrain_csv, tmp_path, tokenizer, capsys):
+    def removes_the_folder(model, batch, num_items):
+        if model.training and run.state.step == 1:
+            shutil.rmtree(tmp_path / "logs")
+            (tmp_path / "logs").write_text("in the way")
+        return language_model_loss(model, batch, num_items)
+
+    words = ("--max_steps", 3, "--log_interval", 1)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=removes_the_folder)
+    assert run.train() is True and "this line is not in it" in capsys.readouterr().err
+
+
+def test_what_fails_on_the_main_rank_ends_all(monkeypatch):
+    def fails():
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        ranks.on_main(fails)
+    monkeypatch.setattr(ranks, "is_main", lambda: False)
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: [1.0])
+    with pytest.raises(UserError) as caught:
+        ranks.on_main(fails)
+    assert str(caught.value) == ""
