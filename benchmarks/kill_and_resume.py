@@ -28,7 +28,7 @@ from model.cli import non_negative_int, positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
 
 SHAPE = "--dim 64 --n_layers 2 --n_heads 4 --n_kv_heads 2 --max_seq_len 64 --batch_size 4 --learning_rate 1e-3"
-STEPS = "--max_steps 240 --save_interval 5 --eval_interval 40 --eval_tokens 2000 --log_interval 20"
+STEPS = "--max_steps 120 --save_interval 3 --eval_interval 40 --eval_tokens 500 --log_interval 20"
 PRETRAIN, SFT = (
     "1-pretrain.py --data_path {data}/pretrain_data.csv",
     "3-full_sft.py --data_path {data}/sft_data.csv --multi",
@@ -115,7 +115,7 @@ def torture(name, command, folder, kills, chance):
         process.wait()
         last_files(outs[1])
     straight, killed = map(last_files, outs)
-    exact = straight == killed and all(steps == (240, 240) for key, steps in killed.items() if key.endswith("step"))
+    exact = straight == killed and all(steps == (120, 120) for key, steps in killed.items() if key.endswith("step"))
     print(
         f"{name:30s} {done:3d} kills: {'exact' if exact else 'DIFFERENT'}, {time.perf_counter() - began:.0f} s",
         flush=True,

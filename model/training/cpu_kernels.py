@@ -6,7 +6,7 @@ Shape letters: B batch, T tokens, H query heads, G key/value heads, D head size,
 
 import torch
 
-BLOCK = 64  # queries: their scores stay in the cache of a core
+SCORES = 1 << 20  # of a block of queries, all rows and heads together: 4 MB, which stay in the cache of two cores
 CHUNK = {"cpu": 256, "cuda": 4096}  # rows of logits held at once: in the cache of a core; enough for a GPU
 
 
@@ -33,11 +33,11 @@ def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     wide_query = (query.float() * size**-0.5).reshape(shape)
     wide_key, value = key.float().reshape(-1, length, size), value.reshape(-1, length, size)
     output, probabilities = torch.empty(shape, dtype=query.dtype), []
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu(1)
-    for start, end in blocks_of(length):
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for start, end in blocks_of(batch, heads, length):
         scores = wide_query[:, :, start:end].flatten(1, 2) @ wide_key[:, :end].transpose(1, 2)
         scores = scores.view(*shape[:2], end - start, end)
-        scores[..., start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
+        scores[..., start:].masked_fill_(future[start:end, start:end], float("-inf"))
         probability = scores.softmax(dim=-1).to(query.dtype).flatten(1, 2)
         output[:, :, start:end] = (probability @ value[:, :end]).view_as(output[:, :, start:end])
         probabilities.append(probability)
@@ -47,8 +47,8 @@ def attend_by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 @attend_by_blocks.register_fake
 def _(query, key, value):
     (batch, heads, length, _), groups = query.shape, key.shape[1]
-    rows = [(end - start) * (heads // groups) for start, end in blocks_of(length)]
-    shapes = [(batch * groups, count, end) for count, (_, end) in zip(rows, blocks_of(length))]
+    blocks = blocks_of(batch, heads, length)
+    shapes = [(batch * groups, (end - start) * (heads // groups), end) for start, end in blocks]
     return [query.new_empty(query.shape), *map(query.new_empty, shapes)]
 
 
@@ -69,7 +69,7 @@ def gradients_by_blocks(
     product = (wide_gradient * output).sum(dim=-1, keepdim=True)
     query_gradient = torch.empty_like(query)
     key_gradient, value_gradient = (torch.zeros(key.shape, dtype=torch.float32) for _ in range(2))
-    for probability, (start, end) in zip(saved[1:], blocks_of(length)):
+    for probability, (start, end) in zip(saved[1:], blocks_of(batch, heads, length)):
         scores_gradient = wide_gradient[:, :, start:end].flatten(1, 2) @ wide_value[:, :end].transpose(1, 2)
         scores_gradient.sub_(product[:, :, start:end].flatten(1, 2)).mul_(probability)
         scores_gradient = scores_gradient.to(query.dtype)
@@ -111,9 +111,10 @@ def block_attention(query, key, value):
         return attend_by_blocks(query, key, value)[0]
 
 
-def blocks_of(length):
+def blocks_of(batch, heads, length):
     """(start, end) of each block of queries."""
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+    size = min(128, max(16, SCORES // (batch * heads * length) // 16 * 16))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
