@@ -12,6 +12,8 @@ writes  out/pretrain_<dim>[_moe].pth, the same .json (what it is) and .resume.pt
 The loss starts at ln(6400) = 8.8 and falls to 3-4 on real text; bits per byte compares across tokenizers.
 """
 
+import shlex
+
 from model.cli import add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
 from model.settings import ModelSettings
@@ -34,6 +36,7 @@ def main():
     # Imported after the arguments are read, so that --help answers at once.
     from model.build import build_model
     from model.data.dataset import describe_sample, open_pretrain_data
+    from model.data.token_cache import check_data_file
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
     from model.training.ranks import print_once
@@ -42,6 +45,7 @@ def main():
     # Device, ranks, seed; then the tokenizer and a model of its vocabulary, fresh unless --init_from names a parent.
     settings = training_settings(args)
     device = start(settings)
+    check_data_file(args.data_path, "pretrain")
     tokenizer = load_tokenizer(args.tokenizer_path)
     model, parent = build_model(from_flags(ModelSettings, args), tokenizer, args.init_from)
     model.to(device)
@@ -61,9 +65,10 @@ def main():
     if args.resume:
         trainer.resume()
     if trainer.train():
+        path = shlex.quote(str(trainer.path))
         print_once(
-            f"{trainer.path} is written; see what it learned:  python 0-eval_pretrain.py --checkpoint {trainer.path}\n"
-            f"next stage:  python 3-full_sft.py --init_from {trainer.path}"
+            f"{trainer.path} is written; see what it learned:  python 0-eval_pretrain.py --checkpoint {path}\n"
+            f"next stage:  python 3-full_sft.py --init_from {path}"
         )
     trainer.close()
 

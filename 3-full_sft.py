@@ -13,6 +13,8 @@ writes  out/single_chat/full_sft_<dim>[_moe].pth or out/multi_chat/..., the same
 The loss, over the answers alone, starts near the pretraining loss and soon falls below it: answers are easier.
 """
 
+import shlex
+
 from model.cli import add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
 from model.settings import ModelSettings
@@ -38,6 +40,7 @@ def main():
     from model.build import build_model, requested_config
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_sft_data
+    from model.data.token_cache import check_data_file
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
     from model.training.ranks import print_once
@@ -46,6 +49,7 @@ def main():
     # Device, ranks, seed; then the tokenizer and the weights of the stage before, whose shape wins over the preset.
     stage, shape, settings = MULTI if args.multi else SINGLE, from_flags(ModelSettings, args), training_settings(args)
     device = start(settings)
+    data_path = check_data_file(args.data_path or stage.data_path, "sft")
     tokenizer = load_tokenizer(args.tokenizer_path)
     start_from = args.init_from or find_checkpoint(args.out_dir, stage.parents, requested_config(shape), "--init_from")
     model, parent = build_model(shape, tokenizer, start_from)
@@ -54,7 +58,7 @@ def main():
     print_once(f"weights from {parent['file']}")
 
     # Conversations, batched by length; labels mark the assistant's turns.
-    data_path, max_seq_len = args.data_path or stage.data_path, model.config.max_seq_len
+    max_seq_len = model.config.max_seq_len
     options = dict(seed=args.seed, last_turn_only=args.last_turn_only, cache_dir=args.cache_dir)
     train, validation = open_sft_data(data_path, tokenizer, max_seq_len, **options)
     print_once(f"{data_path}: " + "\n".join(train.report.summary()))
@@ -68,8 +72,9 @@ def main():
     if args.resume:
         trainer.resume()
     if trainer.train():
-        following = "" if args.multi else f"\nnext round:  python 3-full_sft.py --multi --init_from {trainer.path}"
-        print_once(f"{trainer.path} is written; talk to it:  python 2-eval.py --checkpoint {trainer.path}{following}")
+        path = shlex.quote(str(trainer.path))
+        following = "" if args.multi else f"\nnext round:  python 3-full_sft.py --multi --init_from {path}"
+        print_once(f"{trainer.path} is written; talk to it:  python 2-eval.py --checkpoint {path}{following}")
     trainer.close()
 
 

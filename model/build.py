@@ -1,5 +1,7 @@
 """From settings to a configuration and from that to a model, fresh or with the weights of an earlier stage."""
 
+import psutil
+
 from model.checkpoint import check_tokenizer, file_sha256, load_model
 from model.errors import UserError
 from model.LMConfig import PRESETS, preset_config
@@ -35,6 +37,14 @@ def required_fields(shape):
     return required
 
 
+def weights_size(config):
+    """Bytes of the float32 weights of an LMConfig, nearly (without norms and router)."""
+    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
+    experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
+    layer = attention + 3 * config.dim * config.hidden_dim * experts
+    return 4 * (config.n_layers * layer + config.vocab_size * config.dim)
+
+
 def build_model(settings, tokenizer, parent=None):
     """(model, parent's .json entry or None): fresh from ModelSettings, or the weights of the checkpoint `parent`.
 
@@ -57,5 +67,9 @@ def build_model(settings, tokenizer, parent=None):
         )
     if parent is None:
         config.vocab_size = len(tokenizer)
+        needed, there = weights_size(config), psutil.virtual_memory().total
+        if needed > there:
+            size = f"its weights need {needed / 1e9:,.0f} GB and this machine has {there / 1e9:,.0f}"
+            raise UserError(f"--dim, --n_layers: {size}; choose a smaller model")
         model = Transformer(config)
     return model, entry

@@ -317,6 +317,23 @@ def test_wrong_flags_are_one_line(run, flags, tmp_path, pretrain_csv):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [["--dim", 2**20], ["--n_layers", 10**12]])
+def test_a_model_beyond_memory_is_one_line(run, flags, pretrain_csv, words):
+    assert_one_line_error(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, *words), "--dim", "GB", "smaller")
+
+
+def test_missing_data_is_told_before_a_parent_is_looked_for(run, flags, tmp_path):
+    words = ["3-full_sft.py", *flags, "--data_path", tmp_path / "none.csv"]
+    assert_one_line_error(run(*words), "none.csv: no such file", "data_process.py sft", "data_process.py demo")
+
+
+def test_printed_commands_are_quoted(run, flags, tmp_path, pretrain_csv):
+    out = tmp_path / "my runs"
+    text = good(run("1-pretrain.py", *flags, "--out_dir", out, "--data_path", pretrain_csv, "--max_steps", 1))
+    assert f"--init_from '{out / 'pretrain_32.pth'}'" in text and f"--checkpoint '{out}" in text
+    assert "validating once before the first step" in text
+
+
 def test_a_preset_of_another_vocabulary_is_refused(run, flags, tmp_path, pretrain_csv, sft_csv):
     words = [*flags, "--data_path", pretrain_csv, "--max_steps", 1]
     parts = ["--preset minimind-v0-small", "32000 words but the tokenizer 400", "--tokenizer_path"]

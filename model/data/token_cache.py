@@ -139,17 +139,24 @@ class TokenCache:
         return TokenCache, (self.folder,)  # a spawned worker maps the files itself instead of receiving them
 
 
+def check_data_file(path, kind):
+    """The Path of a data file of a `kind` ("pretrain" or "sft"). Raises UserError, saying how to make it, when there is
+    none."""
+    path = Path(path)
+    if not path.is_file():
+        problem = "is no file" if path.exists() else "no such file"
+        make = f"python data_process.py {kind} (of a raw corpus) or python data_process.py demo"
+        raise UserError(f"{path}: {problem}; make it with {make}, or name another with --data_path")
+    return path
+
+
 def open_token_cache(path, tokenizer, encoding, cache_dir=None):
     """The TokenCache of a data file, tokenised now if it is not there yet.
 
     Of processes that call it at once one reads the file; the others wait for its lock, which the system frees when its
     holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
-    path = Path(path)
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "no such file"
-        make = f"python data_process.py {encoding.kind} (of a raw corpus) or python data_process.py demo"
-        raise UserError(f"{path}: {problem}; make it with {make}, or name another with --data_path")
+    path = check_data_file(path, encoding.kind)
     cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
     words = tokenizer_hash(tokenizer)
 

@@ -218,7 +218,11 @@ class Trainer:
                 if self.torn:
                     self.mend()
                 if state.saved_step is None:
+                    if len(self.validation_loader):
+                        ranks.print_once("validating once before the first step")
                     self.validate()
+                if self.settings.compile:
+                    ranks.print_once("compiling: the first step may take a minute, the first of a new shape too")
                 if state.finished and state.validation_loss is None and len(self.validation_loader):
                     self.validate()  # which a signal had cut short
                     self.save()
