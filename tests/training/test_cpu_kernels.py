@@ -129,3 +129,11 @@ def test_a_compiled_training_step_is_one_graph(moe):
         losses.append((output.loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
     (eager_loss, eager), (loss, gradient) = losses
     assert loss == pytest.approx(eager_loss, rel=1e-2) and (gradient - eager).norm() < 3e-2 * eager.norm()
+
+
+def test_the_operators_tell_the_compiler_the_shapes_they_return():
+    query, key = torch.randn(2, 4, 70, 8).bfloat16(), torch.randn(2, 2, 70, 8).bfloat16()
+    checks = dict(test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(cpu_kernels.attend_by_blocks, (query, key, key), **checks)
+    saved = cpu_kernels.attend_by_blocks(query, key, key)
+    torch.library.opcheck(cpu_kernels.gradients_by_blocks, (query, query, key, key, saved), **checks)
