@@ -137,3 +137,13 @@ def test_the_operators_tell_the_compiler_the_shapes_they_return():
     torch.library.opcheck(cpu_kernels.attend_by_blocks, (query, key, key), **checks)
     saved = cpu_kernels.attend_by_blocks(query, key, key)
     torch.library.opcheck(cpu_kernels.gradients_by_blocks, (query, query, key, key, saved), **checks)
+
+
+def test_without_gradients_pytorchs_own_kernels_serve():
+    model, used = Transformer(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=50)), []
+    model.training_loss_kernel = lambda *inputs: used.append("loss")
+    model.layers[0].attention.training_kernel = lambda *qkv: used.append("attention")
+    input_ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        assert model(input_ids, labels=input_ids, return_logits=False).loss.isfinite()
+    assert not used
