@@ -291,6 +291,15 @@ def test_grouped_products_equal_the_experts_one_by_one(monkeypatch, dropout):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
+@pytest.mark.parametrize("product", ["grouped", "one_by_one"])
+def test_routed_experts_are_dropped_in_training(product):
+    layer = trained_scale(LMConfig(**TINY, use_moe=True, dropout=0.5)).layers[0].feed_forward
+    copies, ends = torch.randn(40, TINY["dim"]), torch.tensor([10, 20, 30, 40], dtype=torch.int32)
+    for training, share in ((True, 0.5), (False, 0)):
+        dropped = getattr(layer.train(training), product)(copies, ends) == 0
+        assert dropped.float().mean() == pytest.approx(share, abs=0.1)
+
+
 def test_adapters_in_place_of_an_experts_layers_are_called():
     model = trained_scale(LMConfig(**TINY, use_moe=True)).train()
     layer, x = model.layers[0].feed_forward, torch.randn(2, 5, TINY["dim"])
