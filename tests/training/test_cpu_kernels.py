@@ -147,3 +147,10 @@ def test_without_gradients_pytorchs_own_kernels_serve():
     with torch.no_grad():
         assert model(input_ids, labels=input_ids, return_logits=False).loss.isfinite()
     assert not used
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 129])
+def test_blocks_hold_every_query_once(length):
+    blocks = cpu_kernels.blocks_of(length)
+    assert [query for start, end in blocks for query in range(start, end)] == list(range(length))
+    assert all(end - start <= cpu_kernels.BLOCK for start, end in blocks)
