@@ -368,6 +368,16 @@ def test_gradient_norm_is_clipped(pretrain_csv, tmp_path, tokenizer):
 # ---- precision
 
 
+def test_the_gradient_norm_of_float16_is_unscaled_under_every_optimizer(pretrain_csv, tmp_path, tokenizer):
+    norms = []
+    for words in ([], ["--dtype", "float16"], ["--dtype", "float16", "--optimizer", "muon"]):
+        run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+        batch = run.train_loader.dataset[[0, 1, 2, 3]]
+        run.accumulate([batch], [1.0], measure(batch, run.byte_lengths)[0])
+        norms.append(run.strategy.gradient_norm().item())
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
     kinds = set()
