@@ -176,7 +176,7 @@ def test_resume_refuses_other_data(pretrain_csv, tmp_path, tokenizer):
         make_trainer(other, tmp_path, "--max_steps", 1, tokenizer=tokenizer).resume()
 
 
-def test_tokenizer_and_identity_are_fixed_and_the_number_of_processes_is_free(
+def test_tokenizer_seed_and_identity_are_fixed_and_the_number_of_processes_is_free(
     pretrain_csv, tmp_path, tokenizer, monkeypatch, capsys
 ):
     run = make_trainer(pretrain_csv, tmp_path, tokenizer=tokenizer)
@@ -187,6 +187,9 @@ def test_tokenizer_and_identity_are_fixed_and_the_number_of_processes_is_free(
     monkeypatch.undo()
     with pytest.raises(UserError, match="--template was a and is b now"):
         resume.check_trajectory(saved, resume.trajectory(run, "data", {"--template": "b"}))
+    monkeypatch.setattr(run.settings, "seed", 1)  # alone: after another split the loader refuses
+    with pytest.raises(UserError, match="--seed was 1337 and is 1 now"):
+        resume.check_trajectory(saved, resume.trajectory(run, "data", {"--template": "a"}))
     half = make_trainer(pretrain_csv, tmp_path, "--batch_size", 2, tokenizer=tokenizer)
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     resume.check_trajectory(saved, resume.trajectory(half, "data", {"--template": "a"}))
