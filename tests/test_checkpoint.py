@@ -55,6 +55,21 @@ def test_round_trip_keeps_weights_config_and_metadata(tmp_path, fields):
     assert list(plain) == list(model.state_dict()) and not any("_orig_mod" in name for name in plain)
 
 
+def test_every_config_field_makes_the_round_trip(tmp_path):
+    fields = dict(
+        dim=48, n_layers=1, n_heads=3, n_kv_heads=1, vocab_size=50, hidden_dim=24, multiple_of=32, norm_eps=1e-3,
+        max_seq_len=40, dropout=0.1, flash_attn=False, rope_theta=500.0, rope_scaling={"rope_type": "yarn", "factor": 2.0},
+        use_moe=True, num_experts_per_tok=3, n_routed_experts=5, n_shared_experts=2, aux_loss_alpha=0.3, seq_aux=False,
+        norm_topk_prob=False,
+    )  # fmt: skip
+    default = LMConfig()
+    assert all(value != getattr(default, name) for name, value in fields.items())  # or nothing is shown
+    save_checkpoint(tmp_path / "x.pth", Transformer(LMConfig(**fields)), {})
+    config = load_model(tmp_path / "x.pth")[0].config
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert fields.keys() | {"scoring_func"} == set(checkpoint.CONFIG_FIELDS)  # which has one value only
+
+
 def test_the_same_weights_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         save_checkpoint(tmp_path / f"{name}.pth", small_model(), {})
@@ -138,6 +153,17 @@ def test_free_fields_can_be_overridden(tmp_path):
     scaling = {"rope_type": "linear", "factor": 2.0}
     config = load_model(tmp_path / "x.pth", max_seq_len=64, dropout=0.1, rope_scaling=scaling)[0].config
     assert (config.max_seq_len, config.dropout, config.rope_scaling) == (64, 0.1, scaling)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("n_heads", 2), ("n_kv_heads", 1), ("norm_eps", 1e-3), ("rope_theta", 500.0), ("num_experts_per_tok", 3),
+     ("norm_topk_prob", False)],
+)  # fmt: skip
+def test_what_weights_mean_cannot_be_overridden(tmp_path, field, value):
+    save_checkpoint(tmp_path / "x.pth", small_model(use_moe=True), {})
+    with pytest.raises(UserError, match=f"x.pth: has {field} .*, not {value}; .*--{field}"):
+        load_model(tmp_path / "x.pth", **{field: value})
 
 
 class Malicious:

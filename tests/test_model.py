@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.LMConfig import PRESETS, LMConfig, preset_config
-from model.model import MOEFeedForward, RMSNorm, RotaryTable, Transformer, apply_rotary
+from model.model import Attention, FeedForward, MOEFeedForward, MoEGate, RMSNorm, RotaryTable, Transformer, apply_rotary
 
 TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=64)
 
@@ -211,6 +211,38 @@ def test_moe_equals_a_plain_per_token_reference_in_float64():
     assert torch.allclose(layer.gate.expert_load.double(), counts.sum(0) / counts.sum())
 
 
+def router(**fields):
+    torch.manual_seed(0)
+    gate = MoEGate(LMConfig(**TINY, use_moe=True, **fields))
+    torch.nn.init.normal_(gate.weight, std=0.3)
+    return gate, torch.randn(3, 7, TINY["dim"])
+
+
+def test_without_norm_topk_prob_a_weight_is_the_experts_probability():
+    gate, x = router(norm_topk_prob=False)
+    weights, experts, _ = gate(x)
+    probabilities = (x.flatten(0, 1) @ gate.weight.T).softmax(-1)
+    assert torch.allclose(weights, probabilities.gather(1, experts), atol=1e-6) and (weights.sum(1) < 0.999).all()
+
+
+def test_without_seq_aux_the_balance_is_that_of_the_batch():
+    gate, x = router(seq_aux=False, aux_loss_alpha=0.3)
+    real = torch.ones(3, 7)
+    real[1, 4:] = 0
+    _, experts, aux_loss = gate(x, real)
+    rows = real.flatten().bool()
+    probability = (x.flatten(0, 1)[rows] @ gate.weight.T).softmax(-1).mean(0)
+    load = experts[rows].flatten().bincount(minlength=4) * 4 / (2 * rows.sum())
+    assert torch.allclose(aux_loss, 0.3 * (load * probability).sum(), rtol=1e-5)
+
+
+def test_the_router_decides_alike_under_autocast():
+    gate, x = router()
+    expected = gate(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(gate(x), expected))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_experts_run_in_every_dtype(dtype):
     model = trained_scale(LMConfig(**TINY, use_moe=True), dtype)
@@ -257,6 +289,15 @@ def test_grouped_products_equal_the_experts_one_by_one(monkeypatch, dropout):
     else:
         for one, other in zip(*results):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("product", ["grouped", "one_by_one"])
+def test_routed_experts_are_dropped_in_training(product):
+    layer = trained_scale(LMConfig(**TINY, use_moe=True, dropout=0.5)).layers[0].feed_forward
+    copies, ends = torch.randn(40, TINY["dim"]), torch.tensor([10, 20, 30, 40], dtype=torch.int32)
+    for training, share in ((True, 0.5), (False, 0)):
+        dropped = getattr(layer.train(training), product)(copies, ends) == 0
+        assert dropped.float().mean() == pytest.approx(share, abs=0.1)
 
 
 def test_adapters_in_place_of_an_experts_layers_are_called(monkeypatch):
@@ -330,6 +371,14 @@ def test_rotary_table_stays_float32_and_grows():
     assert table.dtype == torch.float32 and table.shape[0] >= 100
     longer = RotaryTable(LMConfig(**{**TINY, "max_seq_len": 128}))(100, torch.device("cpu"))
     assert torch.equal(table[:100], longer)
+
+
+def test_the_rotary_table_is_made_once_for_all_trained_lengths():
+    rotary_table = RotaryTable(LMConfig(**TINY))
+    rotary_table(1, torch.device("cpu"))
+    made = rotary_table.table
+    rotary_table(TINY["max_seq_len"], torch.device("cpu"))
+    assert rotary_table.table is made
 
 
 def test_a_model_that_generated_can_be_trained():
@@ -406,6 +455,31 @@ def test_dropout_only_in_training():
     assert torch.equal(model(input_ids).logits, model(input_ids).logits)
     model.train()
     assert not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_attention_drops_weights_and_output_in_training(flash_attn):
+    attention = Attention(LMConfig(**TINY, dropout=0.5, flash_attn=flash_attn))
+    query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.ones(2, 2, 9, 16)
+    left = attention.train().attend(query, key, value, None)  # of weights that sum to one
+    assert left[:, :, 0].unique().tolist() == [0.0, 2.0] and left.mean() == pytest.approx(1, abs=0.3)
+    assert torch.allclose(attention.eval().attend(query, key, value, None), torch.tensor(1.0))
+    rotary = RotaryTable(LMConfig(**TINY))(9, torch.device("cpu"))[:, None]
+    dropped = attention.train()(torch.randn(2, 9, 64), rotary, None, None, 0) == 0
+    assert dropped.float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_feed_forward_and_embeddings_are_dropped_in_training():
+    feed_forward, x = FeedForward(16, 32, dropout=0.5), torch.randn(50, 16)
+    whole, dropped = feed_forward.eval()(x), feed_forward.train()(x)
+    assert (dropped == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.allclose(dropped[dropped != 0], 2 * whole[dropped != 0])
+    model, seen = trained_scale(LMConfig(**TINY, dropout=0.5)).train(), []
+    model.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    input_ids = torch.randint(0, 300, (2, 20))
+    model(input_ids)
+    assert (seen[0] == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert torch.allclose(seen[0][seen[0] != 0], 2 * model.tok_embeddings(input_ids)[seen[0] != 0])
 
 
 def test_rms_norm_works_in_float32():

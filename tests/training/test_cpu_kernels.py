@@ -130,3 +130,31 @@ def test_a_compiled_training_step_is_one_graph(moe):
         losses.append((output.loss.item(), torch.cat([gradient.flatten() for gradient in gradients])))
     (eager_loss, eager), (loss, gradient) = losses
     assert loss == pytest.approx(eager_loss, rel=1e-2) and (gradient - eager).norm() < 3e-2 * eager.norm()
+
+
+def test_the_operators_tell_the_compiler_the_shapes_they_return():
+    query, key = torch.randn(2, 4, 70, 8).bfloat16(), torch.randn(2, 2, 70, 8).bfloat16()
+    checks = dict(test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(cpu_kernels.attend_by_blocks, (query, key, key), **checks)
+    saved = cpu_kernels.attend_by_blocks(query, key, key)
+    torch.library.opcheck(cpu_kernels.gradients_by_blocks, (query, query, key, key, saved), **checks)
+
+
+def test_without_gradients_pytorchs_own_kernels_serve():
+    model, used = Transformer(LMConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=50)), []
+    model.training_loss_kernel = lambda *inputs: used.append("loss")
+    model.layers[0].attention.training_kernel = lambda *qkv: used.append("attention")
+    input_ids = torch.randint(0, 50, (2, 9))
+    with torch.no_grad():
+        assert model(input_ids, labels=input_ids, return_logits=False).loss.isfinite()
+    assert not used
+
+
+@pytest.mark.parametrize(
+    "batch, heads, length, size",
+    [(1, 1, 1, 128), (4, 16, 512, 32), (64, 16, 512, 16), (2, 8, 300, 128), (8, 6, 256, 80)],
+)
+def test_blocks_hold_every_query_once_and_scores_that_a_cache_holds(batch, heads, length, size):
+    blocks = cpu_kernels.blocks_of(batch, heads, length)
+    assert [query for start, end in blocks for query in range(start, end)] == list(range(length))
+    assert {end - start for start, end in blocks[:-1]} <= {size} and blocks[-1][1] - blocks[-1][0] <= size

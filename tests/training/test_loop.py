@@ -1,11 +1,14 @@
 """The loop: gradients, schedule, optimizer groups, precision, non-finite numbers, exact resume, reports."""
 
 import argparse
+import collections
 import json
 import math
 import os
 import re
 import sys
+import time
+import types
 
 import pytest
 import torch
@@ -16,9 +19,10 @@ from model.cli import add_training_flags, from_flags, training_settings
 from model.data.dataset import open_pretrain_data, open_sft_data
 from model.errors import UserError
 from model.settings import ModelSettings, TrainingSettings
-from model.training import reports
+from model.training import loop, ranks, reports
 from model.training.loop import Trainer, language_model_loss, measure, start
 from model.training.optimizer import Schedule, build_optimizers, is_hidden_matrix, make_schedule
+from model.training.reports import RunLog
 
 
 @pytest.fixture
@@ -153,6 +157,26 @@ def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tok
     assert run.state.progress()["supervised_tokens_seen"] == 2 * run.train_loader.dataset.num_targets
 
 
+def test_a_step_weights_micro_batches_by_their_rows_and_the_clock_says_what_is_left(
+    pretrain_csv, tmp_path, tokenizer, monkeypatch
+):
+    """With a second rank that holds the same: two micro-batches of three rows and one, after a step of 8 s and three of 2 s."""
+    run, seen = make_trainer(pretrain_csv, tmp_path, "--accumulation_steps", 2, tokenizer=tokenizer), {}
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: [2.0 * value for value in values])
+    monkeypatch.setattr(run, "accumulate", lambda batches, shares, items: seen.update(shares=shares, items=items) or 0)
+    monkeypatch.setattr(run, "update", lambda loss, factor: (0.0, 0.0))
+    note = types.SimpleNamespace(
+        factor=lambda *where: seen.update(factor=where), is_over=lambda *where: seen.update(is_over=where)
+    )
+    monkeypatch.setattr(run, "schedule", note)
+    run.state.step, run.state.train_seconds, run.state.steady_from = 4, 14.0, 8.0  # the first step took 8 s
+    data = run.train_loader.dataset
+    run.train_step([data[[0, 1, 2]], data[[3]]], collections.Counter())
+    assert seen["shares"] == [3 / 8, 1 / 8] and seen["factor"] == (4, 14.0)
+    assert seen["is_over"] == (5, 16.0, 2.0)
+
+
 # ---- schedule and optimizers
 
 
@@ -187,6 +211,7 @@ def test_schedule_by_time_warms_up_then_follows_the_clock():
     assert both.factor(1, 60.0) == 0.5  # --warmup_iters is in steps
     assert both.is_over(100, 1, 0) and both.is_over(99, 599, 2)
     assert make_schedule(TrainingSettings(max_minutes=10, epochs=2), 30).total_steps == 60
+    assert [make_schedule(TrainingSettings(epochs=1), steps).warmup_steps for steps in (100, 10**5)] == [5, 100]
 
 
 def test_max_minutes_ends_within_the_time_and_resumes_its_clock(pretrain_csv, tmp_path, tokenizer):
@@ -285,6 +310,24 @@ def test_muon_takes_the_linear_maps_of_the_layers_under_peft_names_too(name, sha
     assert is_hidden_matrix(name, torch.nn.Parameter(torch.zeros(shape))) is hidden
 
 
+def test_adamw_is_the_one_written_out(tokenizer):
+    model, settings = make_model(tokenizer, "--learning_rate", 0.01, "--weight_decay", 0.1)
+    (optimizer,) = build_optimizers(model, settings)
+    matrix, vector = model.layers[0].attention.wq.weight, model.norm.weight
+    expected, moments = [matrix.detach().clone(), vector.detach().clone()], [[0.0, 0.0], [0.0, 0.0]]
+    for step in (1, 2, 3):
+        for index, (parameter, decay) in enumerate(((matrix, 0.1), (vector, 0.0))):
+            gradient = parameter.grad = torch.randn_like(parameter)
+            first, second = moments[index]
+            first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+            moments[index] = first, second
+            change = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+            expected[index] = expected[index] * (1 - 0.01 * decay) - 0.01 * change
+        optimizer.step()
+    for parameter, wanted in zip((matrix, vector), expected):
+        assert torch.allclose(parameter, wanted, atol=1e-6)
+
+
 def test_muon_missing_is_one_line(monkeypatch, tokenizer):
     monkeypatch.delattr(torch.optim, "Muon")
     model, settings = make_model(tokenizer, "--optimizer", "muon")
@@ -326,6 +369,16 @@ def test_gradient_norm_is_clipped(pretrain_csv, tmp_path, tokenizer):
 # ---- precision
 
 
+def test_the_gradient_norm_of_float16_is_unscaled_under_every_optimizer(pretrain_csv, tmp_path, tokenizer):
+    norms = []
+    for words in ([], ["--dtype", "float16"], ["--dtype", "float16", "--optimizer", "muon"]):
+        run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+        batch = run.train_loader.dataset[[0, 1, 2, 3]]
+        run.accumulate([batch], [1.0], measure(batch, run.byte_lengths)[0])
+        norms.append(run.strategy.gradient_norm().item())
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_dtype_does_what_it_says(pretrain_csv, tmp_path, tokenizer, name):
     kinds = set()
@@ -362,6 +415,21 @@ def test_eval_tokens_bounds_what_a_validation_reads(pretrain_csv, tmp_path, toke
     run.settings.eval_tokens = 0
     run.validate()
     assert f"({total:,} held-out tokens)" in capsys.readouterr().out
+
+
+def test_every_validation_reads_the_same_rows_and_ranks_share_them(
+    pretrain_csv, tmp_path, tokenizer, monkeypatch, capsys
+):
+    run = make_trainer(pretrain_csv, tmp_path, "--batch_size", 1, "--eval_tokens", 62, tokenizer=tokenizer)
+    run.validate()
+    first = run.state.validation_loss
+    run.validate()
+    assert run.state.validation_loss == first
+    capsys.readouterr()
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "sum_over_ranks", lambda values: [2.0 * value for value in values])
+    run.validate()
+    assert "(62 held-out tokens)" in capsys.readouterr().out  # a row of 31 targets on each
 
 
 def test_bits_per_byte_count_the_bytes_of_the_targets(pretrain_csv, tmp_path, tokenizer):
@@ -453,6 +521,38 @@ def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
         assert {"bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "tokens_seen"} <= line.keys()
     assert steps[-1]["seconds_left"] == 0 and steps[-1]["tokens_seen"] == 6 * 4 * 32
     assert lines[-1]["validation_bits_per_byte"] == run.state.progress()["validation_bits_per_byte"]
+
+
+def test_speed_and_time_left_by_a_clock_of_one_second_a_look(pretrain_csv, tmp_path, tokenizer, monkeypatch):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 4, "--log_interval", 4, tokenizer=tokenizer)
+    run.train()
+    last = [line for line in records(run) if "loss" in line][-1]
+    assert last["tokens_per_second"] == 4 * 32 and run.state.train_seconds == 4 * 2  # steps 2 to 4, one second each
+
+
+def test_mfu_is_per_rank_and_time_left_goes_by_the_steps_after_the_first(
+    pretrain_csv, tmp_path, tokenizer, monkeypatch
+):
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 10, tokenizer=tokenizer)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    run.peak_flops, run.state.step, run.state.steady_since = 1e9, 5, time.perf_counter() - 8
+    run.report(dict(nats=6.0, items=3, size=2, tokens=100, flops=1e9, seconds=2.0))
+    (record,) = records(run)
+    assert record["mfu"] == 0.25 and record["tokens_per_second"] == 50 and record["loss"] == 2
+    assert record["seconds_left"] == pytest.approx(10, abs=0.5)  # four steps in 8 s, five to come
+
+
+def test_a_resumed_log_keeps_whole_lines_up_to_its_step_and_a_fresh_one_none(tmp_path):
+    log = RunLog(tmp_path / "run.jsonl")
+    for first_step, kept in ((2, [0, 1, 2, 2]), (0, [])):
+        lines = [json.dumps(dict(step=step)) for step in (0, 1, 2, 2, 3)]
+        log.path.write_text("\n".join([*lines, '{"step": 1, "lo']))
+        log.start(first_step, 4)
+        log.keep()
+        log.close()
+        assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == kept
 
 
 def test_mfu_is_what_the_tokens_cost_by_the_peak(pretrain_csv, tmp_path, tokenizer):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT
+from model.training import ranks
 
 # Each rank takes its half of every micro-batch; rank 0 writes what it has afterwards.
 PROGRAM = """
@@ -66,3 +67,14 @@ def test_gradients_loss_and_validation_are_those_of_one_process(tmp_path, sft_cs
     assert one["validation"] == pytest.approx(two["validation"], rel=1e-5)
     assert not two["synchronised"]  # gradients travel once a step
     assert len(set(two["random"])) == 2  # each rank draws its own dropout
+
+
+def test_sums_are_exact_beyond_float32():
+    assert ranks.sum_over_ranks([2**24 + 1, 0.5]) == [2**24 + 1, 0.5]
+
+
+def test_only_the_first_rank_prints(monkeypatch, capsys):
+    for rank in (1, 0):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        ranks.print_once(f"rank {rank}")
+    assert capsys.readouterr().out == "rank 0\n"

@@ -1,10 +1,13 @@
 """Stopping, saving and going on: exactly, whatever comes in between; what --resume and a fresh start refuse."""
 
+import os
+import random
 import shutil
 import signal
 import sys
 import time
 
+import numpy
 import pytest
 import torch
 from test_loop import make_trainer, records, weights
@@ -12,7 +15,7 @@ from test_loop import make_trainer, records, weights
 from model.checkpoint import read_metadata, resume_path
 from model.errors import UserError
 from model.files import locked
-from model.training import ranks
+from model.training import ranks, resume
 from model.training.loop import language_model_loss
 from model.training.optimizer import Schedule
 from model.training.resume import StopRequest
@@ -175,6 +178,56 @@ def test_resume_refuses_other_data(pretrain_csv, tmp_path, tokenizer):
         make_trainer(other, tmp_path, "--max_steps", 1, tokenizer=tokenizer).resume()
 
 
+def test_tokenizer_seed_and_identity_are_fixed_and_the_number_of_processes_is_free(
+    pretrain_csv, tmp_path, tokenizer, monkeypatch, capsys
+):
+    run = make_trainer(pretrain_csv, tmp_path, tokenizer=tokenizer)
+    saved = resume.trajectory(run, "data", {"--template": "a"})
+    monkeypatch.setattr(run, "tokenizer_hash", "other")
+    with pytest.raises(UserError, match=r"--tokenizer_path \(its contents\) was .* is other now"):
+        resume.check_trajectory(saved, resume.trajectory(run, "data", {"--template": "a"}))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--template was a and is b now"):
+        resume.check_trajectory(saved, resume.trajectory(run, "data", {"--template": "b"}))
+    monkeypatch.setattr(run.settings, "seed", 1)  # alone: after another split the loader refuses
+    with pytest.raises(UserError, match="--seed was 1337 and is 1 now"):
+        resume.check_trajectory(saved, resume.trajectory(run, "data", {"--template": "a"}))
+    half = make_trainer(pretrain_csv, tmp_path, "--batch_size", 2, tokenizer=tokenizer)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    resume.check_trajectory(saved, resume.trajectory(half, "data", {"--template": "a"}))
+    assert "the number of processes was 1 and is 2 now; the same rows in the same order" in capsys.readouterr().err
+
+
+def test_more_minutes_go_on_where_a_run_by_the_clock_was_over(pretrain_csv, tmp_path, tokenizer):
+    make_trainer(pretrain_csv, tmp_path, "--max_minutes", 5, "--max_steps", 2, tokenizer=tokenizer).train()
+    run = make_trainer(pretrain_csv, tmp_path, "--max_minutes", 6, "--max_steps", 3, tokenizer=tokenizer)
+    run.resume()
+    assert run.train() is True and run.state.step == 3
+
+
+def test_the_parent_stays_the_one_the_run_began_from(pretrain_csv, tmp_path, tokenizer):
+    def again(parent):
+        run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
+        run.parent = parent
+        return run
+
+    began = dict(file="pretrain_32.pth", sha256="0" * 64)
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, "--stop_after", 1, tokenizer=tokenizer)
+    run.parent = began
+    run.train()
+    with pytest.raises(UserError, match="the run began from pretrain_32.pth, and b.pth holds others"):
+        again(dict(file="b.pth", sha256="1" * 64)).resume()
+    for parent in (
+        dict(began, file="moved.pth"),
+        dict(file="own.pth", sha256=read_metadata(run.path)["weights_sha256"]),
+    ):
+        again(parent).resume()
+    run = again(None)
+    run.resume()
+    run.train()
+    assert read_metadata(run.path)["parent"] == began and read_metadata(run.path)["step"] == 2
+
+
 def test_resume_warns_of_flags_that_bend_the_course_and_obeys_them(pretrain_csv, tmp_path, tokenizer, capsys):
     make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer).train()
     words = ("--max_steps", 4, "--learning_rate", 5e-4, "--weight_decay", 0.3)
@@ -290,6 +343,18 @@ def test_a_validation_cut_short_is_not_reported(pretrain_csv, tmp_path, tokenize
     assert validated == [0] and run.state.validation_loss == records(run)[0]["validation_loss"]
 
 
+def test_a_run_that_is_stopping_validates_no_more(pretrain_csv, tmp_path, tokenizer):
+    def interrupted(model, batch, num_items):
+        assert model.training or run.state.step == 0
+        if run.state.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return language_model_loss(model, batch, num_items)
+
+    words = ("--max_steps", 4, "--eval_interval", 2)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=interrupted)
+    assert run.train() is False and run.state.step == 2
+
+
 def test_the_same_step_may_be_split_otherwise_after_resume(sft_csv, tmp_path, tokenizer, capsys):
     """As on another number of processes: equal rows in every step, equal weights but for rounding."""
     words = ("--max_steps", 12, "--log_interval", 1, "--weight_decay", 0)
@@ -394,6 +459,36 @@ def test_signals_wait_while_files_are_written(capsys):
             for _ in range(3):
                 signal.raise_signal(signal.SIGINT)
         assert stop.requested and capsys.readouterr().err.count("SIGINT: saving") == 1
+        with pytest.raises(KeyboardInterrupt):  # and no longer
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_to_a_process_that_prepares_batches_is_left_to_the_main_one(monkeypatch):
+    with StopRequest() as stop:
+        main = os.getpid()
+        monkeypatch.setattr(os, "getpid", lambda: main + 1)
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
+
+
+def draws():
+    return random.random(), float(numpy.random.rand()), float(torch.rand(()))
+
+
+def test_every_generator_goes_on_where_it_was_each_rank_with_its_own(monkeypatch):
+    cpu, states, expected = torch.device("cpu"), [], []
+    for seed in (1, 2):
+        resume.seed_generators(seed)
+        states.append(resume.random_state(cpu))
+        expected.append(draws())
+    assert all(one != other for one, other in zip(*expected))
+    resume.restore_random_state(states[0], cpu)
+    assert draws() == expected[0]
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        resume.restore_random_states(states, cpu, 0)
+        assert draws() == expected[rank]
 
 
 def test_a_signal_that_the_shell_ignores_stays_ignored():
