@@ -273,22 +273,16 @@ def test_an_expert_without_tokens_has_a_gradient_of_zero(hidden_dim, dtype):
     assert [bool(gradient.any()) for gradient in gradients].count(True) == 2
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_grouped_products_equal_the_experts_one_by_one(monkeypatch, dropout):
-    model = trained_scale(LMConfig(**TINY, use_moe=True, num_experts_per_tok=3, dropout=dropout)).train()
+def test_grouped_products_equal_the_experts_one_by_one(monkeypatch):
+    model = trained_scale(LMConfig(**TINY, use_moe=True, num_experts_per_tok=3)).train()
     layer, x = model.layers[0].feed_forward, torch.randn(3, 11, TINY["dim"])
     results = []
     for grouped in (True, False):
         monkeypatch.setattr(MOEFeedForward, "can_group", lambda self, copies, grouped=grouped: grouped)
-        torch.manual_seed(0)
         output, _ = layer(x.requires_grad_())
         results.append((output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])))
-    if dropout:
-        zeros = [float((output[0] == 0).float().mean()) for output in results]
-        assert zeros[0] == pytest.approx(zeros[1], abs=0.1)
-    else:
-        for one, other in zip(*results):
-            assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("product", ["grouped", "one_by_one"])

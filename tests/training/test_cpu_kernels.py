@@ -100,6 +100,7 @@ def test_they_serve_training_alone_and_change_neither_loss_nor_gradient(monkeypa
     used.clear()
     with torch.no_grad():
         model(input_ids, labels=input_ids, return_logits=False)
+    assert not used
     cache = KVCache(model.config, 2, 80)
     for part in (input_ids[:, :60], input_ids[:, 60:61]):  # one token after many: more keys than queries
         used.clear()
