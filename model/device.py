@@ -74,11 +74,6 @@ def check_compiler(device):
         raise UserError("--compile: needs a C++ compiler (apt install g++), found none; or leave the flag out")
 
 
-def is_out_of_memory(error):
-    """Whether the exception `error` says that memory ran out: Python's, CUDA's or torch's on the CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype` (a torch.dtype or its name); weights stay as they are."""
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype

@@ -56,13 +56,19 @@ def describe(error):
     if isinstance(error, OSError) and error.errno is not None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror, 1
-    # torch has no class of its own for a CPU's memory, and its own one for a GPU's is not imported here
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "DefaultCPUAllocator" in str(error):
+    if is_out_of_memory(error):
         return "out of memory; end other programs, or choose a smaller model, batch or context", 1
     if isinstance(error, ModuleNotFoundError) and (package := requirement(error.name)):
         return f"{package} is not installed: source .venv/bin/activate, or make quickstart first", 1
     return None, 1
+
+
+def is_out_of_memory(error):
+    """Whether the exception `error` says that memory ran out: Python's, a GPU's (torch's class, which is not imported
+    here) or torch's on the CPU, for which it has no class."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
 
 
 def interrupted(error):

@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import nn
 
-from model.device import check_compiler, is_out_of_memory
-from model.errors import UserError
+from model.device import check_compiler
+from model.errors import UserError, is_out_of_memory
 from model.inference.kernels import install
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler

@@ -198,13 +198,6 @@ def test_tokenizer_seed_and_identity_are_fixed_and_the_number_of_processes_is_fr
     assert "the number of processes was 1 and is 2 now; the same rows in the same order" in capsys.readouterr().err
 
 
-def test_more_minutes_go_on_where_a_run_by_the_clock_was_over(pretrain_csv, tmp_path, tokenizer):
-    make_trainer(pretrain_csv, tmp_path, "--max_minutes", 5, "--max_steps", 2, tokenizer=tokenizer).train()
-    run = make_trainer(pretrain_csv, tmp_path, "--max_minutes", 6, "--max_steps", 3, tokenizer=tokenizer)
-    run.resume()
-    assert run.train() is True and run.state.step == 3
-
-
 def test_the_parent_stays_the_one_the_run_began_from(pretrain_csv, tmp_path, tokenizer):
     def again(parent):
         run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer)
@@ -567,11 +560,12 @@ def test_a_validation_cut_short_at_the_last_step_is_made_up_for(pretrain_csv, tm
     assert read_metadata(run.path)["validation_loss"] == straight.state.validation_loss
 
 
-def test_a_finished_run_goes_on_when_it_is_made_longer(pretrain_csv, tmp_path, tokenizer):
-    make_trainer(pretrain_csv, tmp_path, "--max_steps", 3, "--max_minutes", 5, tokenizer=tokenizer).train()
-    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", 6, "--max_minutes", 5, tokenizer=tokenizer)
+@pytest.mark.parametrize("before, after, minutes", [(3, 6, 5), (2, 3, 6)])
+def test_a_finished_run_goes_on_when_it_is_made_longer(pretrain_csv, tmp_path, tokenizer, before, after, minutes):
+    make_trainer(pretrain_csv, tmp_path, "--max_steps", before, "--max_minutes", 5, tokenizer=tokenizer).train()
+    run = make_trainer(pretrain_csv, tmp_path, "--max_steps", after, "--max_minutes", minutes, tokenizer=tokenizer)
     run.resume()
-    assert run.train() is True and run.state.step == 6
+    assert run.train() is True and run.state.step == after
 
 
 def test_a_slow_first_step_does_not_end_a_run_by_time(pretrain_csv, tmp_path, tokenizer):
