@@ -150,19 +150,33 @@ class TrainingSettings(Checked):
 
 
 @dataclasses.dataclass
-class InferenceSettings(ShapeSettings):
-    """Which trained model runs where: a file, or what finds the one a training stage wrote."""
+class CheckpointSettings(ShapeSettings):
+    """Which trained model: a file or folder, or what finds the one a training stage wrote."""
 
-    checkpoint: str = flag(None, "the .pth to run (default: the latest stage in --out_dir)", str, metavar="PTH")
+    checkpoint: str = flag(
+        None, "a .pth or a Hugging Face folder (default: the latest stage in --out_dir)", str, metavar="PATH"
+    )
     out_dir: str = flag("out", "where to look for checkpoints (default: {default})")
-    tokenizer_path: str = flag(str(DEFAULT_TOKENIZER_PATH), "tokenizer folder (default: model/minimind_tokenizer)")
+    tokenizer_path: str = flag(None, "tokenizer folder (default: a folder's own, else model/minimind_tokenizer)", str)
     rope_scaling: str = flag(None, "stretch positions beyond the trained length", str, choices=("linear", "yarn"))
+
+
+@dataclasses.dataclass
+class MachineSettings(CheckpointSettings):
+    """Which trained model runs where."""
+
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     dtype: str = flag(
         "auto",
         "of weights and cache; auto: bfloat16 where it is native, else float16 on CUDA, float32 elsewhere",
         choices=DTYPES,
     )
+
+
+@dataclasses.dataclass
+class InferenceSettings(MachineSettings):
+    """Which trained model writes text, and where."""
+
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
 
 

@@ -1,4 +1,4 @@
-"""From InferenceSettings to a running Engine: which checkpoint, on what device, in which number format."""
+"""From settings to a model or a running Engine: which checkpoint, on what device, in which number format."""
 
 import shlex
 from pathlib import Path
@@ -14,13 +14,24 @@ from model.tokenizer import load_tokenizer
 
 
 def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
-    """(Engine, path of its checkpoint) as InferenceSettings ask.
+    """(Engine, path of its checkpoint) as InferenceSettings ask. Raises UserError as open_model does, and for a context
+    that memory cannot hold."""
+    model, tokenizer, path, metadata = open_model(settings, stages)
+    if metadata.get("stage") in PRETRAINED_STAGES and metadata["stage"] not in stages:
+        command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
+        tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
+    return Engine(model, tokenizer, compile=settings.compile, **engine_arguments), path
+
+
+def open_model(settings, stages=CHAT_STAGES):
+    """(Transformer, tokenizer, path, metadata of its .json or {}) as MachineSettings ask, on their device and in their
+    dtype; as CheckpointSettings ask, which name neither, in float32 on the CPU.
 
     Without a checkpoint in them the one that latest_checkpoint finds for `stages`. Raises UserError when there is none,
-    when shape or tokenizer do not fit, for a device that is not there, and for a context that memory cannot hold.
+    when shape or tokenizer do not fit, and for a device that is not there.
     """
-    device = select_device(settings.device)
-    dtype = select_dtype(settings.dtype, device)
+    device = select_device(getattr(settings, "device", "cpu"))
+    dtype = select_dtype(getattr(settings, "dtype", "float32"), device)
     fields = required_fields(settings)
     path = settings.checkpoint or latest_checkpoint(settings, stages)
     trained = read_metadata(path).get("config", {}).get("max_seq_len", LMConfig().max_seq_len)
@@ -34,10 +45,7 @@ def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
     model, metadata = load_model(path, **fields)
     tokenizer = load_tokenizer(settings.tokenizer_path)
     check_tokenizer(tokenizer, path, model, metadata)
-    if metadata.get("stage") in PRETRAINED_STAGES and metadata["stage"] not in stages:
-        command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
-        tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
-    return Engine(model.to(device, dtype), tokenizer, compile=settings.compile, **engine_arguments), path
+    return model.to(device, dtype), tokenizer, path, metadata
 
 
 def latest_checkpoint(settings, stages):
