@@ -31,8 +31,9 @@ def requested_config(shape):
 
 def required_fields(shape):
     """{field: value} that a checkpoint must have: the explicit ones, and the whole shape of a preset that was given."""
-    config, required = requested_config(shape), explicit_fields(shape)
+    required = explicit_fields(shape)
     if shape.preset:
+        config = requested_config(shape)
         required.update({name: getattr(config, name) for name in SHAPE_FIELDS})
     return required
 
@@ -52,10 +53,12 @@ def build_model(settings, tokenizer, parent=None):
     explicit field or preset that contradicts it raises UserError, as does another tokenizer, and an explicit preset
     with another number of words.
     """
-    config, entry = requested_config(settings), None
+    # Without a preset a parent's shape is its own affair: one flag alone need not fit the default preset's other numbers.
+    config = requested_config(settings) if parent is None or settings.preset else None
+    entry = None
     if parent is not None:
         required = required_fields(settings)
-        if config.use_moe and "n_shared_experts" in PRESETS.get(settings.preset, ()):
+        if config and config.use_moe and "n_shared_experts" in PRESETS.get(settings.preset, ()):
             required["n_shared_experts"] = config.n_shared_experts
         model, metadata = load_model(parent, **required)
         check_tokenizer(tokenizer, parent, model, metadata)

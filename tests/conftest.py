@@ -91,6 +91,23 @@ def sft_csv(tmp_path_factory):
     return write_csv(tmp_path_factory.mktemp("data") / "sft.csv", rows)
 
 
+def trained_scale(config, dtype=None, seed=0):
+    """A model whose random weights are as large as trained ones: tiny initial weights hide errors."""
+    import torch
+
+    from model.model import Transformer
+
+    torch.manual_seed(seed)
+    model = Transformer(config).to(dtype or torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=1.0 if "tok_embeddings" in name else 1.3 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, rows[0], lineterminator="\n")

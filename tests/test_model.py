@@ -8,23 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import trained_scale
 from model.LMConfig import PRESETS, LMConfig, preset_config
 from model.model import Attention, FeedForward, MOEFeedForward, MoEGate, RMSNorm, RotaryTable, Transformer, apply_rotary
 
 TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=64)
-
-
-def trained_scale(config, dtype=torch.float32, seed=0):
-    """A model whose random weights are as large as trained ones: tiny initial weights hide errors."""
-    torch.manual_seed(seed)
-    model = Transformer(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=1.0 if "tok_embeddings" in name else 1.3 / math.sqrt(parameter.shape[1]))
-            else:
-                parameter.uniform_(0.5, 1.5)
-    return model
 
 
 @pytest.fixture(params=["dense", "moe"])

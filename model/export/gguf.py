@@ -66,8 +66,10 @@ def write_gguf(path, model, tokenizer, quantization, name, licence):
             os.fsync(handle.fileno())
         writer.close()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is None:  # numpy's, which does not say why
+            raise UserError(f"{path}: could not be written completely; is the disk full?") from None
         raise
     sync_directory(path.parent)
 

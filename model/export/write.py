@@ -49,6 +49,7 @@ def write_export(settings, output, model, tokenizer, path, card):
             handle.write(modelfile(output.name, tokenizer, model.config).encode())
     elif settings.format == "pth":
         weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
+        weights["output.weight"] = weights["tok_embeddings.weight"]  # one tensor in the file too
         parent = {"file": str(path), "sha256": file_sha256(weights_file(path))}
         known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions")}
         known = {"stage": None, "parent": parent, "tokenizer_hash": tokenizer_hash(tokenizer), **known}
