@@ -81,23 +81,22 @@ def main():
 def sit_exam(args, benchmark, subjects, model, tokenizer, path, metadata):
     """Ask all questions, print and write the results; returns their summary."""
     from model.evaluation.ceval import take_exam
-    from model.evaluation.exam_results import print_result, summarise, write_results
+    from model.evaluation.exam_results import print_result, prompts_used, summarise, write_results
 
-    chat = args.prompt_format == "chat"
-    if args.prompt_format == "auto":
-        chat = metadata.get("stage") not in PRETRAINED_STAGES
-    prompts = f"{'chat' if chat else 'plain'} prompts, {args.few_shot} examples"
-    print(f"{benchmark.title}, {path}, {prompts}, context {model.config.max_seq_len} tokens")
+    by_stage = "plain" if metadata.get("stage") in PRETRAINED_STAGES else "chat"
+    title = benchmark.name_of(subjects, args.data_dir or benchmark.data_dir)
+    settings = {"benchmark": title, "checkpoint": str(path)}
+    settings["prompt_format"] = by_stage if args.prompt_format == "auto" else args.prompt_format
+    settings |= {"few_shot": args.few_shot, "shuffle_options": args.shuffle_options}
+    print(f"{title}, {path}, {prompts_used(settings)}, context {model.config.max_seq_len} tokens")
     began = time.perf_counter()
-    answers = take_exam(model, tokenizer, subjects, chat)
-    seconds = time.perf_counter() - began
+    answers = take_exam(model, tokenizer, subjects, settings["prompt_format"] == "chat")
+    rate = len(answers) / (time.perf_counter() - began)
     summary, table = summarise(answers, subjects)
-    settings = {"prompt_format": "chat" if chat else "plain", "few_shot": args.few_shot}
-    settings |= {"shuffle_options": args.shuffle_options, "questions_per_second": len(answers) / seconds}
-    summary = {"benchmark": benchmark.title, "checkpoint": str(path), **summary, **settings}
+    summary = {**settings, **summary, "questions_per_second": rate}
     print_result(summary, table)
     write_results(Path(args.results_dir), summary, table, answers)
-    print(f"{len(answers) / seconds:,.1f} questions per second; written: {args.results_dir}")
+    print(f"{rate:,.1f} questions per second; written: {args.results_dir}")
     return summary
 
 

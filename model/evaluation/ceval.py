@@ -34,6 +34,15 @@ class Benchmark:
     subjects: dict
     source: str
 
+    @property
+    def known(self):
+        """{subject: (its name in the prompt, category)} of its table, in order."""
+        return {name: (title, kind) for kind, names in self.subjects.items() for name, title in names.items()}
+
+    def name_of(self, subjects, data_dir):
+        """What an exam of these Subjects is called: the benchmark's title, or the folder of an exam of one's own."""
+        return self.title if any(subject.name in self.known for subject in subjects) else str(data_dir)
+
 
 BENCHMARKS = {
     "ceval": Benchmark(
@@ -79,16 +88,15 @@ def read_exam(benchmark, data_dir, few_shot=0, wanted=None):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack {benchmark.source}, and name its folder with --data_dir")
     found = {path.name.removesuffix(ending) for path in folder.glob(f"*{ending}")}
-    known = {name: (title, kind) for kind, names in benchmark.subjects.items() for name, title in names.items()}
+    known = benchmark.known
     order = [name for name in known if name in found] + sorted(found - known.keys())
     for name in wanted or ():
         if name not in found:
             raise UserError(f"--subjects {name}: {folder} has {', '.join(order) or 'none'}", exit_code=2)
     if not order:
         raise UserError(f"{folder}: has no <subject>{ending}; {benchmark.source} has them")
-    missing = [name for name in known if name not in found]
-    if not wanted and 0 < len(missing) < len(known):
-        tell(f"note: {len(missing)} of {benchmark.title}'s {len(known)} subjects are missing: {', '.join(missing)}")
+    if not wanted:
+        tell_what_differs(benchmark, found)
     subjects = []
     for name in (name for name in order if not wanted or name in wanted):
         title, category = known.get(name, (name, OTHER))
@@ -96,6 +104,19 @@ def read_exam(benchmark, data_dir, few_shot=0, wanted=None):
         examples = Path(data_dir, benchmark.examples[0], f"{name}{benchmark.examples[1]}")
         subjects.append(Subject(name, title, category, questions, read_examples(examples, benchmark.columns, few_shot)))
     return subjects
+
+
+def tell_what_differs(benchmark, found):
+    """A note for each way in which the subjects `found` are not exactly the benchmark's: their total does not compare
+    with others'. An exam of one's own, without any of them, is no such case."""
+    known = benchmark.known
+    missing, others = [name for name in known if name not in found], sorted(found - known.keys())
+    if len(missing) == len(known):
+        return
+    if missing:
+        tell(f"note: {len(missing)} of {benchmark.title}'s {len(known)} subjects are missing: {', '.join(missing)}")
+    if others:
+        tell(f"note: the totals have subjects that are not {benchmark.title}'s: {', '.join(others)}")
 
 
 def read_examples(path, columns, count):

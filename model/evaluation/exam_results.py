@@ -59,6 +59,13 @@ def summarise(answers, subjects):
     return summary, table
 
 
+def prompts_used(settings):
+    """How the questions were asked, in words, from prompt_format, few_shot and shuffle_options."""
+    seed = settings["shuffle_options"]
+    shuffled = "" if seed is None else f", options shuffled by seed {seed}"
+    return f"{settings['prompt_format']} prompts, {settings['few_shot']} examples{shuffled}"
+
+
 def summary_lines(summary):
     """The lines under the table."""
     low, high = summary["interval_95"]
@@ -105,7 +112,7 @@ def write_results(directory, summary, table, answers):
 
 def markdown(summary, table):
     """The summary as Markdown: its lines, then the table by subject."""
-    lines = [f"# {summary['benchmark']}: {summary['checkpoint']}", ""]
+    lines = [f"# {summary['benchmark']}: {summary['checkpoint']}", "", f"- {prompts_used(summary)}"]
     lines += [f"- {line}" for line in summary_lines(summary)]
     lines += ["", "| subject | name | category | right | accuracy |", "|---|---|---|---|---|"]
     for subject in table.itertuples():
@@ -120,7 +127,7 @@ def draw_chart(handle, summary, table):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.5 + 0.22 * len(table)), layout="constrained")
+    figure = Figure(figsize=(8, 2 + 0.22 * len(table)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.barh(table.index, table["accuracy"], color="#4c78a8")
@@ -130,5 +137,5 @@ def draw_chart(handle, summary, table):
     axes.set(xlim=(0, 1), xlabel="share of right answers", title=f"{summary['benchmark']}: {summary['verdict']}")
     axes.margins(y=0.01)
     axes.invert_yaxis()
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(handle, format="png", dpi=120)

@@ -236,7 +236,10 @@ def test_subjects_come_in_the_table_s_order_and_cells_as_they_are(tmp_path, name
     assert second.text == '一\n二, "三"？' and second.place.endswith(":3")
     assert [example.text for example in subjects[0].examples] == [f"{known[0]} dev？"]
     count = sum(map(len, table.values()))
-    assert f"{count - 2} of {BENCHMARKS[name].title}'s {count} subjects are missing" in capsys.readouterr().err
+    missing, more = capsys.readouterr().err.splitlines()
+    assert missing.startswith(f"note: {count - 2} of {BENCHMARKS[name].title}'s {count} subjects are missing: ")
+    assert {*missing.split(": ")[-1].split(", ")} == {n for names in table.values() for n in names} - {*known}
+    assert more == f"note: the totals have subjects that are not {BENCHMARKS[name].title}'s: {', '.join(others)}"
     chosen = read_exam(BENCHMARKS[name], exam, wanted=["zoo", known[1]])
     assert [subject.name for subject in chosen] == [known[1], "zoo"]
     assert capsys.readouterr().err == "" and chosen[0].examples == []
@@ -358,7 +361,8 @@ def test_totals_are_plain_counts(tmp_path, capsys):
     assert (summary["commonest_letter"], summary["commonest_letter_accuracy"]) == (most, keys.count(most) / 33)
     assert json.loads(json.dumps(summary)) == summary
 
-    summary |= {"benchmark": "C-Eval", "checkpoint": "x.pth"}
+    summary |= {"benchmark": "C-Eval", "checkpoint": "x.pth", "prompt_format": "plain", "few_shot": 2}
+    summary["shuffle_options"] = 7
     write_results(tmp_path / "r", summary, table, answers)
     names = {"summary.csv", "summary.json", "summary.md", "summary.png", "physics.csv", "logic.csv", "law.csv"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == names
@@ -372,6 +376,7 @@ def test_totals_are_plain_counts(tmp_path, capsys):
     assert [row["question"] for row in rows] == [q.text for q in subjects[2].questions]
     text = (tmp_path / "r/summary.md").read_text("utf-8")
     assert f"总题数: 33  总正确数: {summary['correct']}  总正确率: {summary['accuracy']:.2%}" in text
+    assert "# C-Eval: x.pth\n\n- plain prompts, 2 examples, options shuffled by seed 7\n" in text
     assert f"| law | 法学 | STEM | {right['law']}/9 | {right['law'] / 9:.2%} |" in text and summary["verdict"] in text
     image = (tmp_path / "r/summary.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 5000
@@ -381,7 +386,8 @@ def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     subjects = made_up_subjects()
     answers = made_up_answers(subjects)
     summary, table = summarise(answers, subjects)
-    summary |= {"benchmark": "C-Eval", "checkpoint": "first.pth"}
+    summary |= {"benchmark": "C-Eval", "prompt_format": "plain", "few_shot": 0, "shuffle_options": None}
+    summary["checkpoint"] = "first.pth"
     write_results(tmp_path, summary, table, answers)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr("model.evaluation.exam_results.draw_chart", lambda *_: 1 / 0)
