@@ -193,7 +193,7 @@ class _CsvLines:
         return number, line
 
 
-def _csv_rows(path, report):
+def iter_csv_rows(path, report):
     """Yield (place, list of fields, None) or (place, None, problem) for every row, the header included."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _CsvLines(read_lines(path, report))
@@ -224,7 +224,7 @@ def _csv_rows(path, report):
 
 
 def _csv_records(path, report, columns, json_columns, alternative):
-    rows = _csv_rows(path, report)
+    rows = iter_csv_rows(path, report)
     _, header, problem = next(rows, (None, [], None))
     if problem:
         raise UserError(f"{path}:1: the header cannot be read ({problem})")
