@@ -38,7 +38,7 @@ class LMConfig(PretrainedConfig):
         self, dim=512, n_layers=8, n_heads=16, n_kv_heads=8, vocab_size=6400, hidden_dim=None, multiple_of=64,
         norm_eps=1e-5, max_seq_len=512, dropout=0.0, flash_attn=True, rope_theta=10000.0, rope_scaling=None,
         use_moe=False, num_experts_per_tok=2, n_routed_experts=4, n_shared_experts=1, scoring_func="softmax",
-        aux_loss_alpha=0.01, seq_aux=True, norm_topk_prob=True, **kwargs,
+        aux_loss_alpha=0.01, seq_aux=True, norm_topk_prob=True, head_dim=None, **kwargs,
     ):  # fmt: skip
         self.dim = dim
         self.n_layers = n_layers
@@ -61,26 +61,25 @@ class LMConfig(PretrainedConfig):
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
+        self.head_dim = head_dim
         self.check_shape()
         kwargs.setdefault("bos_token_id", 1)
         kwargs.setdefault("eos_token_id", 2)
         kwargs.setdefault("tie_word_embeddings", True)
         super().__init__(**kwargs)
 
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
-
     def check_shape(self):
-        """Raise ValueError naming the first field that makes the model impossible."""
+        """Raise ValueError naming the first field that makes the model impossible; head_dim None becomes dim / n_heads."""
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len")
         for name in sizes + (("n_routed_experts", "num_experts_per_tok") if self.use_moe else ()):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.dim % self.n_heads:
-            raise ValueError(f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads})")
-        if self.head_dim % 2:
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads})")
+            self.head_dim = self.dim // self.n_heads
+        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"dim / n_heads ({self.head_dim}) must be even: rotary embedding turns pairs")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")

@@ -2,7 +2,7 @@
 
 import psutil
 
-from model.checkpoint import check_tokenizer, file_sha256, load_model
+from model.checkpoint import check_tokenizer, file_sha256, load_model, weights_file
 from model.errors import UserError
 from model.LMConfig import PRESETS, preset_config
 from model.model import Transformer
@@ -59,7 +59,7 @@ def build_model(settings, tokenizer, parent=None):
             required["n_shared_experts"] = config.n_shared_experts
         model, metadata = load_model(parent, **required)
         check_tokenizer(tokenizer, parent, model, metadata)
-        entry = {"file": str(parent), "sha256": file_sha256(parent)}
+        entry = {"file": str(parent), "sha256": file_sha256(weights_file(parent))}
     if settings.preset and config.vocab_size != len(tokenizer):
         raise UserError(
             f"--preset {settings.preset}: has {config.vocab_size} words but the tokenizer {len(tokenizer)}; give its "

@@ -1,5 +1,5 @@
 """Checkpoints: `<stage>_<dim>[_moe].pth` (a plain state dict), `.json` beside it (what it is) and `.resume.pth` (how to
-go on).
+go on). A Hugging Face folder is read too, as the weights that it holds.
 
 The three are on the disk completely before the first of them is renamed to its final name. Should the machine stop
 between two renames, nothing mixes unnoticed: the .json names the sha256 of its .pth, and the .resume.pth, the first to
@@ -13,9 +13,12 @@ import platform
 import re
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 
+from model.convert import fields_of_config, state_of_stock_weights
 from model.errors import UserError, warn
 from model.files import atomic_files
 from model.LMConfig import PRESETS, LMConfig
@@ -105,25 +108,57 @@ def read_tensors(path):
         raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; copy or download it again") from None
 
 
+def weights_file(path):
+    """The file that holds the weights of a checkpoint: `path` itself, or model.safetensors or v1's pytorch_model.bin in
+    the Hugging Face folder `path`. Raises UserError for a folder without one."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
+    for file in files:
+        if file.exists():
+            return file
+    parts = "; it is in parts, save it again as one file" if any(path.glob("*.index.json")) else ""
+    raise UserError(f"{path}: has no {' or '.join(file.name for file in files)}{parts}")
+
+
 def read_weights(path):
-    """The state dict in `path` under today's names: `_orig_mod.` and `module.`, prefixes of torch.compile and DDP, go;
-    the tied output matrix may be left out of a file."""
-    state = read_tensors(path)
+    """The state dict in `path`, a .pth or a Hugging Face folder, under today's names: `_orig_mod.` and `module.`,
+    prefixes of torch.compile and DDP, go; the tied output matrix may be left out of a file."""
+    file = weights_file(path)
+    state = read_safetensors(file) if file.suffix == ".safetensors" else read_tensors(file)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict (names and tensors), so it is not a MiniMind checkpoint")
+        raise UserError(f"{file}: holds no state dict (names and tensors), so it is not a MiniMind checkpoint")
+    if "model.embed_tokens.weight" in state and Path(path).is_dir():
+        try:
+            state = state_of_stock_weights(state, LMConfig(**read_metadata(path)["config"]))
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
     named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
     embeddings = named.get("tok_embeddings.weight")
     if embeddings is None or embeddings.dim() != 2:
-        raise UserError(f"{path}: has no matrix tok_embeddings.weight, so it is not a MiniMind checkpoint")
+        raise UserError(f"{file}: has no matrix tok_embeddings.weight, so it is not a MiniMind checkpoint")
     output = named.setdefault("output.weight", embeddings)
     if not torch.equal(output, embeddings):
-        raise UserError(f"{path}: output.weight differs from tok_embeddings.weight, but MiniMind ties the two")
+        raise UserError(f"{file}: output.weight differs from tok_embeddings.weight, but MiniMind ties the two")
     return named
 
 
+def read_safetensors(path):
+    """The tensors of a .safetensors file. Raises UserError when it is none."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file, or a truncated one ({error}); copy it again") from None
+
+
 def read_metadata(path):
-    """The .json beside the checkpoint `path` as a dict, {} when there is none. Raises UserError when it is broken."""
-    description = Path(path).with_suffix(".json")
+    """The .json beside the checkpoint `path` as a dict, {} when there is none; of a Hugging Face folder {"config": fields
+    of its config.json}. Raises UserError when it is broken, or describes what MiniMind cannot hold."""
+    path = Path(path)
+    if path.is_dir():
+        return {"config": read_folder_config(path / "config.json")}
+    description = path.with_suffix(".json")
     if not description.exists():
         return {}
     try:
@@ -134,8 +169,25 @@ def read_metadata(path):
     return metadata
 
 
+def read_folder_config(path):
+    """LMConfig's fields of a Hugging Face config.json. No code that lies beside it is run."""
+    if not path.exists():
+        raise UserError(f"{path.parent}: has no config.json, so it is not a Hugging Face folder")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(description, dict):
+            raise ValueError("not an object")
+        return fields_of_config(description, CONFIG_FIELDS)
+    except RecursionError:
+        raise UserError(f"{path}: not a model's configuration") from None
+    except Exception as error:  # transformers' own checks raise classes of theirs
+        lines = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in lines) or type(error).__name__
+        raise UserError(f"{path}: {reason}") from None
+
+
 def load_model(path, **config_overrides):
-    """(Transformer in float32 on the CPU, metadata) of a checkpoint, today's or v1's.
+    """(Transformer in float32 on the CPU, metadata) of a checkpoint, today's or v1's, a .pth or a Hugging Face folder.
 
     The config comes from the .json beside it, without one from tensor shapes, config_overrides and the presets (shapes
     do not tell the number of heads). Raises UserError when the file is not a checkpoint, or when a flag or the .json
@@ -147,6 +199,8 @@ def load_model(path, **config_overrides):
     buffers = {name: state.pop(name) for name in list(state) if name.split(".")[-1] in ("mask", "pos_cis")}
     shapes = shape_fields(state, path)
     known = dict(metadata["config"]) if metadata else {**shapes, **head_fields(state, buffers, overrides, path)}
+    if known.get("use_moe") and Path(path).is_dir():  # v1 made one shared expert, whatever number its config gave
+        known["n_shared_experts"] = shapes.get("n_shared_experts")
     for name, value in shapes.items():  # before a description's numbers decide how much memory to ask for
         if known.get(name) != value:
             raise UserError(f"{path}: has {name} {value}, but its .json says {known.get(name)}; restore or remove that")
@@ -157,7 +211,8 @@ def load_model(path, **config_overrides):
         config = LMConfig(**{**known, **overrides})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
-    if metadata and metadata.get("weights_sha256") not in (None, file_sha256(path)):
+    sha256 = metadata.get("weights_sha256")
+    if sha256 is not None and sha256 != file_sha256(path):
         warn(f"{path} is not the file its .json describes (changed or half replaced)")
     model = Transformer(config)
     load_weights(model, state, path)
@@ -168,33 +223,31 @@ def shape_fields(state, path):
     """The config fields that the shapes of v1's weights tell."""
     width = {name: tuple(tensor.shape) for name, tensor in state.items()}
     layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, state) if match}
-    use_moe = "layers.0.feed_forward.gate.weight" in width
-    first = "layers.0.feed_forward." + ("experts.0." if use_moe else "")
-    try:
-        vocab_size, dim = width["tok_embeddings.weight"]
-        hidden_dim, _ = width[first + "w1.weight"][0], width["layers.0.attention.wk.weight"]
-        shared = width.get("layers.0.feed_forward.shared_experts.w1.weight", (0,))[0] // hidden_dim
-        experts = width["layers.0.feed_forward.gate.weight"][0] if use_moe else LMConfig().n_routed_experts
-    except KeyError as error:
-        raise UserError(f"{path}: has no tensor {error.args[0]}, so it is not a MiniMind checkpoint") from None
+    gate, shared = (f"layers.0.feed_forward.{name}.weight" for name in ("gate", "shared_experts.w1"))
+    use_moe = gate in width
+    w1 = "layers.0.feed_forward." + ("experts.0." if use_moe else "") + "w1.weight"
+    for name in (w1, "layers.0.attention.wq.weight", "layers.0.attention.wk.weight"):
+        if name not in width:
+            raise UserError(f"{path}: has no tensor {name}, so it is not a MiniMind checkpoint")
+    (vocab_size, dim), hidden_dim = width["tok_embeddings.weight"], width[w1][0]
     fields = dict(dim=dim, n_layers=len(layers), vocab_size=vocab_size, hidden_dim=hidden_dim, use_moe=use_moe)
     if use_moe:
-        fields.update(n_routed_experts=experts, n_shared_experts=shared)
+        fields.update(n_routed_experts=width[gate][0], n_shared_experts=width.get(shared, (0,))[0] // hidden_dim)
     return fields
 
 
 def head_fields(state, buffers, overrides, path):
     """Numbers of heads by the RoPE table, the flags or a preset, for weights alone do not tell them."""
     dim, layers = state["tok_embeddings.weight"].shape[1], sum(name.endswith(".attention.wk.weight") for name in state)
-    kv_width = state["layers.0.attention.wk.weight"].shape[0]
+    width, kv_width = (state[f"layers.0.attention.{name}.weight"].shape[0] for name in ("wq", "wk"))
     same_shape = [preset for preset in PRESETS.values() if (preset["dim"], preset["n_layers"]) == (dim, layers)]
     preset_heads = same_shape[0].get("n_heads") if same_shape else None
     heads = overrides.get("n_heads") or preset_heads or LMConfig().n_heads
     if "pos_cis" in buffers:
-        heads = dim // (2 * buffers["pos_cis"].shape[-1])
-    if dim % heads or kv_width % (dim // heads):
-        raise UserError(f"{path}: wk has {kv_width} rows, no multiple of dim {dim} / {heads} heads; give --n_heads")
-    return {"n_heads": heads, "n_kv_heads": kv_width // (dim // heads)}
+        heads = width // (2 * buffers["pos_cis"].shape[-1])
+    if width % heads or kv_width % (width // heads):
+        raise UserError(f"{path}: wk has {kv_width} rows, no multiple of wq's {width} / {heads} heads; give --n_heads")
+    return {"n_heads": heads, "n_kv_heads": kv_width // (width // heads), "head_dim": width // heads}
 
 
 def load_weights(model, state, path):

@@ -66,11 +66,11 @@ def expand_paths(patterns):
     return list(paths)
 
 
-def refuse_existing(paths, overwrite):
-    """Raise UserError for the first of `paths` that is there already, unless `overwrite`."""
+def refuse_existing(paths, overwrite, flag="--overwrite"):
+    """Raise UserError for the first of `paths` that is there already, unless `overwrite`, which `flag` would set."""
     for path in paths:
         if not overwrite and os.path.lexists(path):
-            raise UserError(f"{path}: is there already; give --overwrite to replace it, or choose another output")
+            raise UserError(f"{path}: is there already; give {flag} to replace it, or choose another output")
 
 
 @contextlib.contextmanager
@@ -120,6 +120,46 @@ def atomic_write(path, mode="wb", **open_arguments):
     """atomic_files for a single file: yields its handle."""
     with atomic_files() as create:
         yield create(path, mode, **open_arguments)
+
+
+def refuse_foreign(path, names):
+    """Raise UserError unless the folder `path`, which is to be replaced, is absent or holds nothing but files of these
+    `names`."""
+    path = Path(path)
+    if path.is_dir():
+        for found in sorted(path.iterdir()):
+            if found.name not in names or not found.is_file():
+                raise UserError(f"{path}: holds {found.name}, which is not of an export; choose another output")
+    elif os.path.lexists(path):
+        raise UserError(f"{path}: is a file, not a folder; choose another output")
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """A context that gives a new folder, a Path, to write files into. If the block ends without error they are fsynced and
+    the folder becomes `path`, in the place of one that is there: see refuse_foreign. Otherwise it goes."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
+    folder = unfinished(target)
+    folder.mkdir()
+    try:
+        yield folder
+        for file in folder.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(folder)
+        if target.exists():
+            previous = unfinished(target)
+            target.rename(previous)
+            folder.rename(target)
+            shutil.rmtree(previous)
+        else:
+            folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
 
 
 @contextlib.contextmanager

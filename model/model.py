@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .LMConfig import LMConfig
@@ -285,8 +286,9 @@ class MOEFeedForward(nn.Module):
         return torch.cat([expert(part) for expert, part in slices if len(part) or torch.is_grad_enabled()])
 
 
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+class TransformerBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). After model.gradient_checkpointing_enable() training computes
+    it again in the backward pass instead of keeping what is in between (Chen et al. 2016, arXiv 1604.06174)."""
 
     def __init__(self, config, layer_index):
         super().__init__()
@@ -333,6 +335,7 @@ class Transformer(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
     _no_split_modules = ["TransformerBlock"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config=None):
         super().__init__(config or LMConfig())
@@ -396,7 +399,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
             transformers and peft pass. A transformers Cache is a kv_cache. Raises TypeError for a flag that asks for
             what this model does not give.
         """
-        if wanted := [name for name, value in flags.items() if value and name not in ("use_cache", "cache_position")]:
+        known = ("use_cache", "cache_position")
+        if wanted := [
+            name for name in flags if name not in known and flags[name] is not None and flags[name] is not False
+        ]:
             raise TypeError(f"Transformer.forward() does not know {', '.join(wanted)}")
         kv_cache = past_key_values if kv_cache is None else kv_cache
         if input_ids is None:

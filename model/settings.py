@@ -162,6 +162,32 @@ class CheckpointSettings(ShapeSettings):
 
 
 @dataclasses.dataclass
+class ExportSettings(Checked):
+    """What a trained model is turned into."""
+
+    format: str = flag("minimind", "default: {default}", choices=("minimind", "llama", "granitemoe", "gguf", "pth"))
+    output: str = flag(None, "folder or file to write (default: out/export/<checkpoint>_<format>)", str)
+    force: bool = flag(False, "replace an export that is there")
+    dtype: str = flag(None, "of the weights (default: float32); a gguf has --quantization", str, choices=DTYPES[1:])
+    quantization: str = flag(None, "of a gguf's matrices (default: q8_0)", str, choices=("f32", "f16", "bf16", "q8_0"))
+    license: str = flag("apache-2.0", "what the model card says; your data may ask for another (default: {default})")
+    scores: str = flag(None, "summary.json of eval_ceval.py, for the model card", str, metavar="JSON")
+    push_to_hub: str = flag(
+        None, "upload the export to this repository of the Hugging Face hub", str, metavar="OWNER/NAME"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, wrong in (("dtype", self.format == "gguf"), ("quantization", self.format != "gguf")):
+            if wrong and getattr(self, name):
+                raise UserError(f"--{name}: is not for --format {self.format}", exit_code=2)
+        if self.format == "pth" and (self.scores or self.license != type(self).license):
+            raise UserError("--scores, --license: a pth has no model card", exit_code=2)
+        if self.format == "gguf" and self.scores and not self.push_to_hub:
+            raise UserError("--scores: a gguf has a model card only with --push_to_hub", exit_code=2)
+
+
+@dataclasses.dataclass
 class MachineSettings(CheckpointSettings):
     """Which trained model runs where."""
 

@@ -3,7 +3,8 @@
 One turn of a conversation is `<s>role\\n` content `</s>\\n`. Only this module spells that format: `render_conversation`
 gives it as ids, CHAT_TEMPLATE as Jinja for other programs. They agree on ordinary text and differ where content spells
 a control token: `render_conversation` encodes it exactly, as text; the template makes one string of all, in which it
-would become a control token, so there `<s>` in content is written `< s>`.
+would become a control token, so there `<s>` in content is written `< s>`. A tokenizer folder that brings another
+template along, v1's for one, has its turns written as that one writes them.
 
 train_tokenizer.py splits every newline off as a token of its own, so encoding pieces separately equals encoding the
 joined text wherever the pieces meet at a newline.
@@ -71,6 +72,7 @@ def save_tokenizer(backend, directory):
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,  # it would delete spaces before punctuation: decoding must lose nothing
         "model_max_length": 1_000_000,  # the context belongs to the model, not to the tokenizer
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         "chat_template": CHAT_TEMPLATE,
     }
     directory = Path(directory)
@@ -83,8 +85,45 @@ def save_tokenizer(backend, directory):
             handle.write(content.encode() + b"\n")
 
 
+def turn_frames(tokenizer):
+    """({role: (text before, text after a turn's content)}, the text after which the assistant writes), as the tokenizer's
+    chat template writes them; as CHAT_TEMPLATE does where it has none.
+
+    Raises UserError for a template that does more than put a frame around each turn.
+    """
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
+        return {role: (f"{start}{role}\n", f"{end}\n") for role in ROLES}, f"{start}assistant\n"
+
+    def written(*turns, add_generation_prompt=False):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    turns = ("system", "content 0"), ("user", "content 1"), ("assistant", "content 2"), ("user", "content 3")
+    try:
+        question = written(turns[1])
+        around = {
+            "system": (written(*turns[:2]).removesuffix(question), "content 0"),
+            "user": (question, "content 1"),
+            "assistant": (written(*turns[1:3]).removeprefix(question), "content 2"),
+        }
+        frames = {role: text.split(content) for role, (text, content) in around.items()}
+        generation_prompt = written(turns[1], add_generation_prompt=True).removeprefix(question)
+        joined = "".join(frames[role][0] + content + frames[role][1] for role, content in turns) + generation_prompt
+        whole = written(*turns, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything
+        joined, whole = "", str(error)
+    if joined != whole or not frames["assistant"][1].startswith(end):
+        name = Path(tokenizer.name_or_path).name
+        raise UserError(
+            f"{name}: its chat template does not write each turn by itself and {end} after an answer; remove it"
+        )
+    return {role: tuple(frame) for role, frame in frames.items()}, generation_prompt
+
+
 class _Derived:
-    """What is computed once per tokenizer: an encoder that knows no control tokens, the frame of each role's turns."""
+    """What is computed once per tokenizer: an encoder that knows no control tokens, and as ids what stands before and
+    after each role's content, and after which the assistant writes."""
 
     def __init__(self, tokenizer):
         from tokenizers import Tokenizer
@@ -92,8 +131,14 @@ class _Derived:
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
         definition.update(added_tokens=[], truncation=None, padding=None, post_processor=None)
         self.encoder = Tokenizer.from_str(json.dumps(definition))
-        self.tail = [tokenizer.eos_token_id, *self.encode(["\n"])[0]]
-        self.headers = {role: [tokenizer.bos_token_id, *self.encode([f"{role}\n"])[0]] for role in ROLES}
+
+        def ids(text):
+            return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+        frames, generation_prompt = turn_frames(tokenizer)
+        self.headers = {role: ids(before) for role, (before, _) in frames.items()}
+        self.tails = {role: ids(after) for role, (_, after) in frames.items()}
+        self.generation_prompt = ids(generation_prompt)
 
     def encode(self, texts):
         return [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
@@ -117,15 +162,26 @@ def render_conversation(tokenizer, messages, add_generation_prompt=False, last_t
 
     `mask` is 1 on the content and the `</s>` of every assistant turn that is not blank (with last_turn_only: of the last
     one, if it is not), else 0.
-    `add_generation_prompt` appends `<s>assistant\\n`, after which the model writes. Raises UserError for a message
-    without a known role or without text.
+    `add_generation_prompt` appends what the model writes after, `<s>assistant\\n`. Raises UserError for a message without
+    a known role or without text.
     """
-    contents = encode_texts(tokenizer, [_checked_content(message) for message in messages])
-    ids, mask = join_turns(tokenizer, [(message["role"], content) for message, content in zip(messages, contents)])
+    ids, mask = join_turns(tokenizer, encoded_turns(tokenizer, messages))
     if add_generation_prompt:
-        ids += _derived(tokenizer).headers["assistant"]
+        ids += generation_prompt(tokenizer)
     supervised = [int(value > last_turn_only) for value in mask]
     return ids, supervised + [0] * (len(ids) - len(mask))
+
+
+def generation_prompt(tokenizer):
+    """Ids after which the assistant writes."""
+    return _derived(tokenizer).generation_prompt
+
+
+def encoded_turns(tokenizer, messages):
+    """[(role, ids of the content), ...] of a conversation, a list of {"role", "content"}. Raises UserError for a message
+    without a known role or without text."""
+    contents = encode_texts(tokenizer, [_checked_content(message) for message in messages])
+    return [(message["role"], content) for message, content in zip(messages, contents)]
 
 
 def join_turns(tokenizer, turns):
@@ -138,13 +194,14 @@ def join_turns(tokenizer, turns):
     last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else None
     ids, mask = [], bytearray()
     for index, (role, content) in enumerate(turns):
-        header, supervised = derived.headers[role], 0
+        header, tail, supervised = derived.headers[role], derived.tails[role], 0
         if role == "assistant" and not _is_blank(tokenizer, content):
             supervised = 2 if index == last else 1
         ids += header
         ids += content
-        ids += derived.tail
-        mask += bytes(len(header)) + bytes([supervised]) * (len(content) + 1) + bytes(len(derived.tail) - 1)
+        ids += tail
+        mask += bytes(len(header)) + bytes([supervised]) * len(content)
+        mask += bytes([supervised]) * len(tail[:1]) + bytes(len(tail[1:]))  # an answer's tail begins with </s>
     return ids, mask
 
 

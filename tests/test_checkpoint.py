@@ -60,7 +60,7 @@ def test_every_config_field_makes_the_round_trip(tmp_path):
         dim=48, n_layers=1, n_heads=3, n_kv_heads=1, vocab_size=50, hidden_dim=24, multiple_of=32, norm_eps=1e-3,
         max_seq_len=40, dropout=0.1, flash_attn=False, rope_theta=500.0, rope_scaling={"rope_type": "yarn", "factor": 2.0},
         use_moe=True, num_experts_per_tok=3, n_routed_experts=5, n_shared_experts=2, aux_loss_alpha=0.3, seq_aux=False,
-        norm_topk_prob=False,
+        norm_topk_prob=False, head_dim=8,
     )  # fmt: skip
     default = LMConfig()
     assert all(value != getattr(default, name) for name, value in fields.items())  # or nothing is shown

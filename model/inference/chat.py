@@ -2,7 +2,7 @@
 
 from model.data.conversations import message
 from model.errors import UserError, tell
-from model.tokenizer import render_conversation
+from model.tokenizer import encoded_turns, generation_prompt, join_turns
 
 
 def split_system(messages):
@@ -25,15 +25,16 @@ def conversation_prompt(tokenizer, messages, context, max_new_tokens):
     Engine.add to refuse.
     """
     system, turns = split_system(messages)
-    ids, _ = render_conversation(tokenizer, messages, add_generation_prompt=True)
-    # Each turn begins with <s>, which is in no text: dropping turns is cutting ids, nothing is encoded twice.
-    begins = [place for place, token in enumerate(ids) if token == tokenizer.bos_token_id][len(system) :]
-    kept, room = begins[0], min(max_new_tokens, context // 4)
+    encoded = encoded_turns(tokenizer, messages)  # nothing is encoded twice
+    sizes = [len(join_turns(tokenizer, [turn])[0]) for turn in encoded]
+    head, sizes = sum(sizes[: len(system)]) + len(generation_prompt(tokenizer)), sizes[len(system) :]
+    room = min(max_new_tokens, context // 4)
     droppable = [place for place in range(1, len(turns)) if turns[place]["role"] == "user" or place == len(turns) - 1]
     for dropped in (0, *droppable):
-        if kept + len(ids) - begins[dropped] + room <= context:
+        if head + sum(sizes[dropped:]) + room <= context:
             break
-    return ids[:kept] + ids[begins[dropped] :], dropped
+    kept = [*encoded[: len(system)], *encoded[len(system) + dropped :]]
+    return join_turns(tokenizer, kept)[0] + generation_prompt(tokenizer), dropped
 
 
 def chat_prompt(engine, history, question, parameters):

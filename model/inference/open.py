@@ -43,7 +43,8 @@ def open_model(settings, stages=CHAT_STAGES):
     elif length > trained:
         tell(f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn")
     model, metadata = load_model(path, **fields)
-    tokenizer = load_tokenizer(settings.tokenizer_path)
+    own = path if Path(path, "tokenizer.json").exists() else None  # a Hugging Face folder brings its own along
+    tokenizer = load_tokenizer(settings.tokenizer_path or own)
     check_tokenizer(tokenizer, path, model, metadata)
     return model.to(device, dtype), tokenizer, path, metadata
 

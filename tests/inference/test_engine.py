@@ -15,7 +15,7 @@ from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
 from model.model import Transformer
-from model.tokenizer import encode_text, render_conversation, token_bytes
+from model.tokenizer import encode_text, encoded_turns, render_conversation, token_bytes
 
 GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
 
@@ -710,11 +710,11 @@ def test_long_conversations_are_encoded_once_and_cut_as_if_encoded_for_each_exch
 
     encoded = []
 
-    def render(*arguments, **options):
+    def encode(*arguments):
         encoded.append(1)
-        return render_conversation(*arguments, **options)
+        return encoded_turns(*arguments)
 
-    monkeypatch.setattr(chat, "render_conversation", render)
+    monkeypatch.setattr(chat, "encoded_turns", encode)
     for seed in range(150):
         chance = random.Random(seed)
         messages = random_conversation(chance)

@@ -1,0 +1,72 @@
+"""One export, whatever its format: what may be written where, and writing it."""
+
+from pathlib import Path
+
+from model.checkpoint import file_sha256, save_checkpoint, weights_file
+from model.device import DTYPES
+from model.errors import UserError
+from model.export.gguf import write_gguf
+from model.export.huggingface import FILES, write_folder
+from model.files import atomic_write, refuse_existing, refuse_foreign
+from model.tokenizer import tokenizer_hash, turn_frames
+
+SUFFIXES = {"gguf": ".gguf", "pth": ".pth"}  # of the formats that are files; the others are folders
+
+
+def default_output(format, path):
+    """out/export/<checkpoint>_<format>, with the suffix that the format has."""
+    return Path("out/export", f"{Path(path).stem}_{format}{SUFFIXES.get(format, '')}")
+
+
+def files_of(format, output):
+    """The files that a format writes to `output`, or its one folder."""
+    output = Path(output)
+    beside = {"gguf": [output.with_name("Modelfile")], "pth": [output.with_suffix(".json")]}
+    return [output, *beside.get(format, [])]
+
+
+def check_output(settings, output):
+    """Raise UserError for a name that does not fit the format, and for what would be replaced without settings.force."""
+    suffix = SUFFIXES.get(settings.format)
+    if suffix and Path(output).suffix != suffix:
+        raise UserError(f"--output {output}: a {settings.format} is a file, its name must end in {suffix}", exit_code=2)
+    refuse_existing(files_of(settings.format, output), settings.force, "--force")
+    if suffix is None:
+        refuse_foreign(output, FILES)
+    elif Path(output).is_dir():
+        raise UserError(f"--output {output}: is a folder; choose another name")
+
+
+def write_export(settings, output, model, tokenizer, path, card):
+    """Write `model` as the ExportSettings say; returns the folder or files. path: the checkpoint it came from.
+
+    Raises UserError as write_folder and write_gguf do, and OSError for a full disk; then nothing is left.
+    """
+    if settings.format == "gguf":
+        quantization = settings.quantization or "q8_0"
+        write_gguf(output, model, tokenizer, quantization, card.name, card.licence)
+        with atomic_write(output.with_name("Modelfile")) as handle:
+            handle.write(modelfile(output.name, tokenizer, model.config).encode())
+    elif settings.format == "pth":
+        weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
+        parent = {"file": str(path), "sha256": file_sha256(weights_file(path))}
+        known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions")}
+        known = {"stage": None, "parent": parent, "tokenizer_hash": tokenizer_hash(tokenizer), **known}
+        save_checkpoint(output, model, known, weights=weights)
+    else:
+        write_folder(output, model, tokenizer, settings.format, settings.dtype or "float32", card)
+    return files_of(settings.format, output)
+
+
+def modelfile(name, tokenizer, config):
+    """An Ollama Modelfile for the GGUF `name` in the same folder, with the tokenizer's turns as a Go template."""
+    frames, generation_prompt = turn_frames(tokenizer)
+    branches = " else ".join(
+        f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{' for role, (before, after) in frames.items()
+    )
+    template = f"{{{{- range .Messages }}}}{{{{ {branches} end }}}}{{{{ end }}}}{generation_prompt}"
+    lines = [f"FROM ./{name}", f'TEMPLATE """{template}"""', f"PARAMETER stop {tokenizer.eos_token}"]
+    return (
+        "\n".join([*lines, f"PARAMETER num_ctx {config.max_seq_len}", "PARAMETER temperature 0.7", "PARAMETER top_k 8"])
+        + "\n"
+    )
