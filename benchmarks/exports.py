@@ -62,9 +62,9 @@ def random_checkpoint(preset, folder):
 
 
 def export(checkpoint, folder, kind, *flags):
-    """What export_model.py makes of `checkpoint` as `kind`: a path in `folder`."""
-    output = folder / "-".join((kind, *flags[1:]))
-    output = output.with_name(f"{output.name}.gguf") if kind == "gguf" else output
+    """What export_model.py makes of `checkpoint` as `kind`: a path in `folder`, each in a folder of its own because a
+    GGUF has a Modelfile beside it."""
+    output = folder / "-".join((kind, *flags[1:])) / ("model.gguf" if kind == "gguf" else "model")
     command = [sys.executable, ROOT / "export_model.py", "--checkpoint", checkpoint, "--format", kind, *flags]
     done = subprocess.run([*command, "--output", output], stdout=subprocess.DEVNULL, cwd=ROOT)
     if done.returncode:
