@@ -7,11 +7,14 @@ Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the sing
     python 2-eval.py --prompt "你是谁？" --temperature 0
     python 2-eval.py --interactive                             # a conversation; /help lists its commands
     python 2-eval.py --prompt_file dataset/heldout/facts.jsonl --json       # rows with answers: accuracy by task
+    python 2-eval.py --checkpoint a.pth --checkpoint b.pth --report out/report.md     # side by side, .md and .html
 """
 
 import contextlib
+import dataclasses
 import importlib
 import sys
+from pathlib import Path
 
 from model.cli import add_inference_flags, from_flags, non_negative_int, script_parser
 from model.errors import UserError, run_main
@@ -35,7 +38,35 @@ def parse_arguments():
     parser.add_argument("--history", type=non_negative_int, help=remembered)
     parser.add_argument("--json", action="store_true", help="with answers in --prompt_file: end with a line of JSON")
     add_inference_flags(parser)
-    return parser.parse_args()
+    report = parser.add_argument_group("report", conflict_handler="resolve")  # its --checkpoint replaces the shared one
+    both = "write FILE.md and FILE.html: answers, how they end, repetition, length (name either)"
+    report.add_argument("--report", type=Path, metavar="FILE", help=both)
+    several = "a .pth or a Hugging Face folder (default: the latest stage in --out_dir); with --report several times"
+    report.add_argument("--checkpoint", action="append", metavar="PATH", help=several)
+    endpoint = "an OpenAI-compatible endpoint that rates the answers: http://127.0.0.1:8000/v1; its key: OPENAI_API_KEY"
+    report.add_argument("--judge", metavar="URL", help=endpoint)
+    report.add_argument("--judge_model", metavar="NAME", help="the model that --judge asks")
+    report.add_argument("--overwrite", action="store_true", help="replace the files of an earlier --report")
+    args = parser.parse_args()
+    check_report_flags(args)
+    return args
+
+
+def check_report_flags(args):
+    """Raise UserError for flags of the report that do not go together."""
+    several = len(args.checkpoint or ()) > 1
+    for given, name in (
+        (several, "a second --checkpoint"),
+        (args.judge, "--judge"),
+        (args.judge_model, "--judge_model"),
+        (args.overwrite, "--overwrite"),
+    ):
+        if given and not args.report:
+            raise UserError(f"{name} needs --report FILE", exit_code=2)
+    if args.report and (args.interactive or args.json):
+        raise UserError(f"--report does not go with --{'interactive' if args.interactive else 'json'}", exit_code=2)
+    if bool(args.judge) != bool(args.judge_model):
+        raise UserError("--judge URL and --judge_model NAME need each other", exit_code=2)
 
 
 def main():
@@ -54,13 +85,17 @@ def main():
     given = [("--prompt", {"q": question}) for question in args.prompt or QUESTIONS]
     rows = read_questions(args.prompt_file, "q") if args.prompt_file else given
     parameters = from_flags(SamplingParameters, args)
-    engine, path = open_engine(from_flags(InferenceSettings, args))
+    histories = [last_exchanges(parse_history(row.get("history")), args.history) for _, row in rows]
+    checkpoints, args.checkpoint = args.checkpoint or [None], None
+    several = [dataclasses.replace(from_flags(InferenceSettings, args), checkpoint=path) for path in checkpoints]
+    if args.report:
+        return report(args, several, rows, histories, parameters)
+    engine, path = open_engine(several[0])
     print(f"{path}: {engine.description}")
 
     if args.interactive:
         converse(engine, parameters, args.history)
     elif all("answer" in row for _, row in rows):
-        histories = [last_exchanges(parse_history(row.get("history")), args.history) for _, row in rows]
         prompts = [chat_prompt(engine, history, row["q"], parameters) for history, (_, row) in zip(histories, rows)]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
     else:
@@ -74,6 +109,21 @@ def main():
             asked.extend([message("user", row["q"]), message("assistant", text)])
 
         answer_each(rows, answer)
+
+
+def report(args, several, rows, histories, parameters):
+    """Write the report of --report on the checkpoints in `several`, InferenceSettings of each."""
+    from model.evaluation.judge import Judge
+    from model.evaluation.report import report_paths, write_report
+    from model.files import refuse_existing
+
+    paths = report_paths(args.report)
+    refuse_existing(paths, args.overwrite)
+    judge = Judge(args.judge, args.judge_model) if args.judge else None
+    if judge:  # a wrong address or key shows here, before anybody waits for answers
+        judge.rate({"q": QUESTIONS[-1]}, [], "一星期有七天。")
+    source = args.prompt_file or ("--prompt" if args.prompt else "the fixed list of 2-eval.py")
+    write_report(paths, several, rows, histories, parameters, source, judge)
 
 
 def converse(engine, parameters, remembered):

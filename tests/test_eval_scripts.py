@@ -1,6 +1,7 @@
 """0-eval_pretrain.py and 2-eval.py: they find checkpoints, answer, score, converse, and say clearly what is wrong."""
 
 import gzip
+import html
 import io
 import json
 import runpy
@@ -357,3 +358,55 @@ def test_longer_context_by_rope_scaling(run):
 
 def test_wrong_usage_is_exit_code_2(out_dir):
     assert_one_line_error(run_script("2-eval.py", "--prompt", "x", "--interactive"), "not allowed with", code=2)
+
+
+def test_the_report_on_two_checkpoints(run, out_dir, tmp_path):
+    words = ("--report", tmp_path / "r.html", "--dtype", "float32", "--seed", "7")
+    pair = [out_dir / f"{name}_chat/full_sft_32.pth" for name in ("single", "multi")]
+    several = [word for path in pair for word in ("--checkpoint", path)]
+    code, out, err = run("2-eval.py", *several, *words, "--prompt", "你好", "--prompt", "再|见")
+    assert code == 0, err
+    markdown, page = ((tmp_path / f"r.{suffix}").read_text("utf-8") for suffix in ("md", "html"))
+    rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith(("| 你好", "| 再"))]
+    assert [row[0] for row in rows] == ["你好", "再\\|见"] and all(len(row) == 3 and row[1] == row[2] for row in rows)
+    alone = run("2-eval.py", "--checkpoint", pair[0], *words[2:], "--prompt", "你好")[1].split("A: ")[1]
+    assert html.escape(alone.split(" …(cut")[0].strip()) in page, "in float32 the batch changes nothing"
+    assert "| seed | 7 |" in markdown and "| questions | --prompt |" in markdown
+    assert all(f'<th scope="col">{path}</th>' in page for path in pair)
+
+    failed(run("2-eval.py", *words), "r.md: is there already; give --overwrite")
+    code, out, err = run("2-eval.py", *words, "--overwrite")
+    assert code == 0 and (tmp_path / "r.md").read_text("utf-8").count("\n| ") > len(rows) + 20, err
+    assert "multi_chat" in out.splitlines()[0] and "fixed list" in (tmp_path / "r.md").read_text("utf-8")
+
+
+def test_the_report_on_a_file_of_questions(run, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    row = {"q": "那广东呢？", "history": [["一", "二"], ["三", "四"]], "answer": ["广州"]}
+    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    code, out, err = run("2-eval.py", "--prompt_file", path, "--report", tmp_path / "r.md", "--history", "1")
+    assert code == 0 and "0.0% of 1" in out, err
+    markdown = (tmp_path / "r.md").read_text("utf-8")
+    assert "| user: 三<br>assistant: 四<br>那广东呢？<br><sub>expected: 广州</sub> |" in markdown
+
+
+def test_flags_of_the_report_that_do_not_go_together(run, tmp_path, out_dir):
+    report, judge = ("--report", tmp_path / "r.md"), ("--judge", "http://127.0.0.1:9/v1")
+    for words, *parts in (
+        (("--checkpoint", "a", "--checkpoint", "b"), "a second --checkpoint needs --report FILE"),
+        (judge, "--judge needs --report"),
+        (("--judge_model", "m"), "--judge_model needs --report"),
+        (("--overwrite",), "--overwrite needs --report"),
+        ((*report, "--interactive"), "--report does not go with --interactive"),
+        ((*report, "--json"), "--report does not go with --json"),
+        ((*report, *judge), "--judge_model NAME"),
+        ((*report, "--judge_model", "m"), "--judge URL"),
+        ((*report, "--judge", "x", "--judge_model", "m"), "--judge x: expected a URL"),
+        (("--report", tmp_path / "r.txt"), "r.txt", ".md or .html"),
+    ):
+        failed(run("2-eval.py", *words), *parts, code=2)
+    result = run("2-eval.py", *report, *judge, "--judge_model", "m")
+    failed(result, "--judge http://127.0.0.1:9/v1: cannot be reached")
+    assert not result[1], "the judge is asked before a model is loaded"
+    failed(run("2-eval.py", *report, "--checkpoint", out_dir / "none.pth"), "none.pth: no such checkpoint")
+    assert not list(tmp_path.iterdir())

@@ -48,30 +48,44 @@ def mentions(text, names):
     return set(re.findall(f"{WHOLE_START}(?:{pattern})", text))
 
 
-def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):
-    """Answer `prompts` (token ids) greedily, together; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
+def answer_together(engine, rows, prompts, parameters):
+    """The finished Request of each of `prompts` (token ids), all answered together; None for one that the engine refuses,
+    which is told on stderr with its place.
 
-    rows: (place, row) for each prompt. An answer is right when is_right(row, text); rows with a "task" are also counted
-    by task. A prompt that the engine refuses is told on stderr with its place and counted as answered wrong. Raises
+    rows: (place, row) for each prompt; one with an "answer" is answered greedily, the others by `parameters`. Raises
     UserError when the engine fails: that is no answer, right or wrong.
     """
     from tqdm import tqdm
 
-    greedy, asked = dataclasses.replace(parameters, temperature=0.0), []
-    for index, (place, _) in enumerate(rows):
+    greedy = dataclasses.replace(parameters, temperature=0.0)
+    asked, requests = [], [None] * len(prompts)
+    for index, (place, row) in enumerate(rows):
         try:
             engine.check_prompt(prompts[index])
             asked.append(index)
         except UserError as error:
-            tell(f"{place}: {error}; counted as wrong")
+            tell(f"{place}: {error}; {'counted as wrong' if 'answer' in row else 'not answered'}")
     with tqdm(total=len(asked), unit="question", disable=None) as bar:
-        requests = engine.generate([prompts[index] for index in asked], greedy, on_finish=lambda request: bar.update())
-    right = [False] * len(rows)
-    for index, request in zip(asked, requests):
-        place, row = rows[index]
+        finished = engine.generate(
+            [prompts[index] for index in asked],
+            [greedy if "answer" in rows[index][1] else parameters for index in asked],
+            on_finish=lambda request: bar.update(),
+        )
+    for index, request in zip(asked, finished):
         if request.finish_reason == "error":
-            raise UserError(f"{place}: {request.error}")
-        right[index] = bool(is_right(row, request.text))
+            raise UserError(f"{rows[index][0]}: {request.error}")
+        requests[index] = request
+    return requests
+
+
+def measure_accuracy(engine, rows, prompts, parameters, is_right=score_answer):
+    """Answer `prompts` (token ids) greedily, together; returns {"accuracy", "questions", "tasks": {task: accuracy}}.
+
+    rows: (place, row) for each prompt. An answer is right when is_right(row, text); rows with a "task" are also counted
+    by task; what answer_together leaves unanswered is wrong. Raises what that does.
+    """
+    requests = answer_together(engine, rows, prompts, parameters)
+    right = [request is not None and bool(is_right(row, request.text)) for (_, row), request in zip(rows, requests)]
     by_task = collections.defaultdict(list)
     for (_, row), is_one in zip(rows, right):
         if row.get("task"):

@@ -105,7 +105,7 @@ class Answers:
             raise UserError("the prompt is empty")
 
     def generate(self, prompts, parameters, on_finish):
-        assert parameters.temperature == 0 and len(prompts) == len(self.texts)
+        assert all(each.temperature == 0 for each in parameters) and len(parameters) == len(prompts) == len(self.texts)
         failed = dict(text="石家庄", finish_reason="error", error="the output is not finite")
         return [
             types.SimpleNamespace(**failed if text is None else dict(text=text, finish_reason="stop"))

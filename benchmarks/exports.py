@@ -1,0 +1,207 @@
+"""What an export costs and gives: MiniMind's engine, stock transformers' generate() and llama.cpp on the same weights.
+
+    python benchmarks/exports.py                                             # the 26M shape and the quickstart's
+    python benchmarks/exports.py --checkpoint out/quickstart/multi_chat/full_sft_192.pth
+
+export_model.py writes each format; then size, load time (median of three, files in the page cache, tokenizer included)
+and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. All run in one process and take turns,
+so that a busy machine disturbs them alike; the median counts, and only tokens that were really generated: nobody stops
+at </s>. llama.cpp (through xllamacpp, threads as PyTorch's) keeps its defaults: flash attention, a cache of 16 bits.
+Ratios are to MiniMind's engine in float32 for f32 files and in bfloat16 for the rest. The last line is JSON.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from model.cli import positive_int  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
+
+PROMPT_TOKENS = 32
+QUANTIZATIONS = ("f32", "bf16", "q8_0")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = "shapes to measure with random weights (default: %(default)s)"
+    parser.add_argument("--preset", nargs="+", default=["minimind-v1-small", "minimind-tiny"], help=shapes)
+    parser.add_argument("--checkpoint", metavar="PTH", help="measure this one instead")
+    parser.add_argument("--new_tokens", type=positive_int, default=128, help="per request (default: %(default)s)")
+    parser.add_argument("--requests", type=positive_int, default=16, help="of the batch (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="measurements of each (default: %(default)s)")
+    return parser.parse_args()
+
+
+def random_checkpoint(preset, folder):
+    """Path of a checkpoint in `folder` with random weights of the preset's shape."""
+    import torch
+
+    from model.checkpoint import save_checkpoint
+    from model.LMConfig import preset_config
+    from model.model import Transformer
+    from model.tokenizer import load_tokenizer, tokenizer_hash
+
+    try:
+        config = preset_config(preset)
+    except ValueError as error:
+        raise UserError(f"--preset: {error}", exit_code=2) from None
+    torch.manual_seed(0)
+    metadata = {"stage": "single_chat/full_sft", "tokenizer_hash": tokenizer_hash(load_tokenizer())}
+    save_checkpoint(folder / f"{preset}.pth", Transformer(config), metadata)
+    return folder / f"{preset}.pth"
+
+
+def export(checkpoint, folder, kind, *flags):
+    """What export_model.py makes of `checkpoint` as `kind`: a path in `folder`, each in a folder of its own because a
+    GGUF has a Modelfile beside it."""
+    output = folder / "-".join((kind, *flags[1:])) / ("model.gguf" if kind == "gguf" else "model")
+    command = [sys.executable, ROOT / "export_model.py", "--checkpoint", checkpoint, "--format", kind, *flags]
+    done = subprocess.run([*command, "--output", output], stdout=subprocess.DEVNULL, cwd=ROOT)
+    if done.returncode:
+        raise UserError(f"export_model.py --format {kind} failed", exit_code=done.returncode)
+    return output
+
+
+def contenders(args, checkpoint, folder):
+    """{name: (path, function that loads it)}. What is loaded is a function: of prompts (lists of token ids), it decodes
+    --new_tokens for each and returns how many tokens that were."""
+    from model.checkpoint import read_metadata
+
+    stock = "granitemoe" if read_metadata(checkpoint).get("config", {}).get("use_moe") else "llama"
+    exported, found = export(checkpoint, folder, stock), {}
+    for dtype in ("float32", "bfloat16"):
+        found[f"minimind {dtype}"] = checkpoint, lambda dtype=dtype: load_minimind(args, checkpoint, dtype)
+        found[f"generate {dtype}"] = exported, lambda dtype=dtype: load_stock(args, exported, dtype)
+    for kind in QUANTIZATIONS:
+        path = export(checkpoint, folder, "gguf", "--quantization", kind)
+        found[f"llama.cpp {kind}"] = path, lambda path=path: load_llama_cpp(args, path)
+    return found
+
+
+def load_minimind(args, path, dtype):
+    from model.inference.open import open_engine
+    from model.settings import InferenceSettings, SamplingParameters
+
+    settings = InferenceSettings(checkpoint=str(path), device="cpu", dtype=dtype)
+    engine, _ = open_engine(settings, max_batch=args.requests)
+    parameters = SamplingParameters(temperature=0.0, max_new_tokens=args.new_tokens, stop_token_ids=())
+    return lambda prompts: sum(len(request.token_ids) for request in engine.generate(prompts, parameters))
+
+
+def load_stock(args, path, dtype):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    length = dict(max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens)
+
+    def decode(prompts):
+        ids = torch.tensor(prompts)
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, do_sample=False, pad_token_id=0, **length).numel() - ids.numel()
+
+    return decode
+
+
+def load_llama_cpp(args, path):
+    import torch
+    import xllamacpp
+
+    wanted = xllamacpp.CommonParams()
+    wanted.model.path = str(path)
+    wanted.n_parallel = args.requests  # slots, which share the context
+    wanted.n_ctx = args.requests * (PROMPT_TOKENS + args.new_tokens + 1)
+    wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = torch.get_num_threads()
+    wanted.n_gpu_layers, wanted.verbosity = 0, -1
+    server, pool = xllamacpp.Server(wanted), concurrent.futures.ThreadPoolExecutor(args.requests)
+    server.handle_completions({"prompt": [0], "max_tokens": 1})  # one that ends before it has really started would hang
+    fixed = dict(max_tokens=args.new_tokens, temperature=0, ignore_eos=True, cache_prompt=False)
+
+    def one(prompt):
+        reply = server.handle_completions({"prompt": prompt, **fixed})
+        if "error" in reply:
+            raise UserError(f"{path}: llama.cpp refuses: {reply['error'].get('message')}")
+        return reply["usage"]["completion_tokens"]
+
+    return lambda prompts: sum(pool.map(one, prompts))
+
+
+def timed(function, *arguments):
+    """(seconds, result) of one call."""
+    began = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - began, result
+
+
+def median_rates(functions, prompts, repeats):
+    """New tokens per second of each function over `prompts`, taken in turns, after one turn that nobody counts."""
+    rates = {name: [] for name in functions}
+    for turn in range(repeats + 1):
+        for name, function in functions.items():
+            seconds, tokens = timed(function, prompts)
+            rates[name] += [tokens / seconds] if turn else []
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def measure(args, checkpoint, folder):
+    """{name: {"megabytes", "load_seconds", "1", "<requests>" (tokens per second), "ratio_1", "ratio_<requests>"}}."""
+    import torch
+
+    candidates, results, functions = contenders(args, checkpoint, folder), {}, {}
+    for name, (path, load) in candidates.items():
+        files = [path] if path.is_file() else list(path.iterdir())
+        seconds = []
+        for _ in range(3):
+            functions.pop(name, None)  # llama.cpp's server ends with it
+            second, functions[name] = timed(load)
+            seconds.append(second)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        results[name] = {"megabytes": round(size, 1), "load_seconds": round(statistics.median(seconds), 3)}
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 6400, (args.requests, PROMPT_TOKENS), generator=generator).tolist()
+    for count in sorted({1, args.requests}):
+        rates = median_rates(functions, prompts[:count], args.repeats)
+        for name, rate in rates.items():
+            ours = "minimind float32" if name.endswith("32") else "minimind bfloat16"
+            results[name] |= {str(count): round(rate, 1), f"ratio_{count}": round(rate / rates[ours], 3)}
+    return results
+
+
+def print_table(title, results):
+    """A line per contender."""
+    columns = list(next(iter(results.values())))
+    print(f"\n{title}\n{'':20s}" + "".join(f"{column:>14s}" for column in columns))
+    for name, values in results.items():
+        print(f"{name:20s}" + "".join(f"{values[column]:14,}" for column in columns))
+
+
+def main():
+    args = parse_arguments()
+    import torch
+    from decoding import cpu_name
+
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in [args.checkpoint] if args.checkpoint else args.preset:
+            folder = Path(temporary, str(len(results)))
+            folder.mkdir()
+            checkpoint = Path(args.checkpoint) if args.checkpoint else random_checkpoint(name, folder)
+            results[name] = measure(args, checkpoint, folder)
+            print_table(f"{name}: tokens per second of 1 and {args.requests} requests", results[name])
+    print(json.dumps({"processor": cpu_name(torch.get_num_threads()), "results": results}))
+
+
+if __name__ == "__main__":
+    run_main(main)
