@@ -132,16 +132,21 @@ def quoted(path):
     return shlex.quote(path.as_posix())
 
 
+def result_of(command):
+    """Run a script that ends with a line of JSON; prints the rest and returns that."""
+    *table, result = run(f"{command} --json", subprocess.PIPE).splitlines()
+    print("\n".join(table), flush=True)
+    return json.loads(result)
+
+
 def accuracy(checkpoint, test, max_steps):
     """Share of the held-out questions in the file `test` that `checkpoint` answers right; of 20 of them if max_steps."""
     if max_steps:
         few = test.with_name(f"few_{test.name}")
         few.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
         test = few
-    command = f"2-eval.py --checkpoint {quoted(checkpoint)} --prompt_file {quoted(test)} --json --max_new_tokens 48"
-    *table, result = run(command, subprocess.PIPE).splitlines()
-    print("\n".join(table), flush=True)
-    return json.loads(result)["accuracy"]
+    command = f"2-eval.py --checkpoint {quoted(checkpoint)} --prompt_file {quoted(test)} --max_new_tokens 48"
+    return result_of(command)["accuracy"]
 
 
 def main():
@@ -187,7 +192,10 @@ def train(commands, progress):
 
 
 def examine(args, progress):
-    """Ask the two chat models the held-out questions, show answers and the table; returns what the last line says."""
+    """Ask the two chat models the held-out questions, let the last one sit the exam and export it, show answers and the
+    table; returns what the last line says."""
+    from model.demo.files import exam_folder
+
     records = [progress.record(name) for name in RECIPE]
     _, single, chat = (path.with_suffix(".pth") for path in progress.descriptions.values())
     tokens, seconds = (sum(record[name] for record in records) for name in ("tokens_seen", "train_seconds"))
@@ -195,14 +203,22 @@ def examine(args, progress):
     tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
     before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
     after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}
+    exam = f"--data_dir {quoted(exam_folder(args.data_dir))} --results_dir {quoted(args.out_dir / 'ceval')}"
+    ceval = result_of(f"eval_ceval.py --checkpoint {quoted(chat)} {exam}")
+    gguf = args.out_dir / "export" / "gguf" / "chat.gguf"
+    for flags in (f"llama --output {quoted(gguf.parent.parent / 'llama')}", f"gguf --output {quoted(gguf)}"):
+        run(f"export_model.py --checkpoint {quoted(chat)} --force --format {flags}")
     run(f"2-eval.py --checkpoint {quoted(chat)} --temperature 0 --max_new_tokens 48")
     print(f"\n{'held-out accuracy':20s}{'single-turn SFT':>18s}{'multi-turn SFT':>18s}")
     for name in tests:
         print(f"{name:20s}{before[name]:18.1%}{after[name]:18.1%}")
-    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(chat)} --interactive\n")
+    print(f"{'exam of 4 options':20s}{'':18s}{ceval['accuracy']:18.1%}  {ceval['verdict']}")
+    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(chat)} --interactive")
+    print(f"with llama.cpp:  llama-cli -m {quoted(gguf)} --jinja\n")
     return {
         "facts_heldout_accuracy": round(after["facts"], 4),
         "multi_turn_accuracy": round(after["multi_turn"], 4),
+        "exam_accuracy": round(ceval["accuracy"], 4),
         "pretrain_val_bpb": round(records[0]["validation_bits_per_byte"], 4),
         "seconds_train": round(seconds, 1),
         "seconds_total": round(progress.seconds_total(), 1),

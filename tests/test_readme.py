@@ -103,12 +103,16 @@ def test_quickstart_goes_all_the_way(tmp_path):
     assert set(result) == {
         "facts_heldout_accuracy",
         "multi_turn_accuracy",
+        "exam_accuracy",
         "pretrain_val_bpb",
         "seconds_train",
         "seconds_total",
         "tokens_per_second",
     }
     assert 0 <= result["facts_heldout_accuracy"] <= 1 and result["pretrain_val_bpb"] > 1
+    made = [path.name for path in (tmp_path / "out of it/export").rglob("*") if path.is_file()]
+    assert {"chat.gguf", "Modelfile", "model.safetensors"} <= set(made)
+    assert "guessing" in (tmp_path / "out of it/ceval/summary.md").read_text("utf-8")
 
 
 def test_every_python_command_runs(copy):

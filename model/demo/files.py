@@ -53,8 +53,7 @@ def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DI
         if place.exists() and not overwrite and not same_bytes(place, copies / name):
             raise UserError(f"{place}: was not made by the demo (or was changed since); give another --output_dir, "
                             "move it away, or give --overwrite to replace it")  # fmt: skip
-    # The demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything together.
-    exam = Path("ceval/ceval-exam") if directory == Path("dataset") else directory / "ceval-exam"
+    exam = exam_folder(directory)
     try:
         raw = write_raw_files(directory / "raw", world)
         write_exam(exam, world)
@@ -70,6 +69,12 @@ def build_demo(output_dir, seed=0, overwrite=False, workers=1, tables=DEFAULT_DI
     shutil.rmtree(unfinished)
     print(f"raw corpora: {directory / 'raw'}; held-out tests: {directory / 'heldout'}; exam: {exam}")
     return reports
+
+
+def exam_folder(directory):
+    """Where the exam lies: the demo in its usual place fills C-Eval's usual place too; elsewhere it keeps everything
+    together."""
+    return Path("ceval/ceval-exam") if Path(directory) == Path("dataset") else Path(directory) / "ceval-exam"
 
 
 def same_bytes(path, other):
