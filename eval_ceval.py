@@ -11,7 +11,7 @@ as the next token. 25 % come by guessing alone, so the last lines say how far th
 
 A folder --data_dir holds val/<subject>_val.csv (columns id, question, A, B, C, D, answer) and, for --few_shot,
 dev/<subject>_dev.csv. A file of one's own is a subject too. In float32 unless --dtype says otherwise: in bfloat16 about
-one answer in a hundred depends on which questions share a batch.
+one answer in two hundred depends on which questions share a batch.
 """
 
 import json

@@ -120,8 +120,18 @@ def test_the_flags_reach_the_prompts(run, exam, out_dir):
     assert prompts("--few_shot", "1", *pretrained)[0].count("答案：B\n\n问题0") == 1
     shuffled = prompts("--shuffle_options", "1")
     assert shuffled == prompts("--shuffle_options", "1") != prompts("--shuffle_options", "2") and shuffled != chat
+    assert prompts("--shuffle_options", "0") != chat
     (exam / "r/physician.csv").unlink()
     assert prompts("--subjects", "logic") == chat and not (exam / "r/physician.csv").exists()
+
+
+def test_float32_is_the_default(run, exam):
+    def probabilities(*flags):
+        code, out, err = run("--subjects", "logic", *flags)
+        assert code == 0, err
+        return [row["p_A"] for row in rows_of(exam / "out/ceval/logic.csv")]
+
+    assert probabilities() == probabilities("--dtype", "float32") != probabilities("--dtype", "bfloat16")
 
 
 def test_an_exam_of_one_s_own_and_cmmlu_s_layout(run, tmp_path):

@@ -202,6 +202,18 @@ def test_shuffled_options_keep_the_right_one_and_depend_on_seed_subject_and_numb
             assert new.options["ABCD".index(new.answer)] == right
             orders.add(tuple(old.options.index(option) for option in new.options))
     assert len(orders) > 12, "24 orders, 33 questions"
+    twins = [Subject(name, name, "other", [TWO] * 9, []) for name in ("physics", "law")]
+    assert len({tuple(subject.questions) for subject in shuffle_options(twins, 1)}) == 2
+
+
+def test_questions_share_forward_passes_and_their_beginning_is_computed_once(tokenizer):
+    model, subjects, passes = tiny_model(len(tokenizer)), made_up_subjects(3)[:1], []
+    model.register_forward_pre_hook(lambda _, inputs, options: passes.append(inputs[0].shape), with_kwargs=True)
+    rows = take_exam(model, tokenizer, subjects, chat=True)
+    prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in rows]
+    assert len(passes) <= 8 < len(prompts) and sum(batch for batch, _ in passes[1:]) == len(prompts)
+    assert sum(batch * length for batch, length in passes) < sum(map(len, prompts)) / 2
+    assert all(batch * length <= 512 for batch, length in passes)
 
 
 # reading
