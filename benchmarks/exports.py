@@ -4,10 +4,11 @@
     python benchmarks/exports.py --checkpoint out/quickstart/multi_chat/full_sft_192.pth
 
 export_model.py writes each format; then size, load time (median of three, files in the page cache, tokenizer included)
-and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. All run in one process and take turns,
-so that a busy machine disturbs them alike; the median counts, and only tokens that were really generated: nobody stops
-at </s>. llama.cpp (through xllamacpp, threads as PyTorch's) keeps its defaults: flash attention, a cache of 16 bits.
-Ratios are to MiniMind's engine in float32 for f32 files and in bfloat16 for the rest. The last line is JSON.
+and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. They take turns in one process;
+the median counts, and only tokens that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads
+as PyTorch's) keeps its defaults: flash attention, a cache of 16 bits. Its threads spin while they wait for each other, so
+that other programs slow it several times more than the rest: measure on a quiet machine (load_average, what ran before,
+is in the last line, which is JSON). Ratios are to MiniMind's engine in float32 for f32 files, in bfloat16 for the rest.
 """
 
 import argparse
@@ -189,10 +190,14 @@ def print_table(title, results):
 
 def main():
     args = parse_arguments()
+    import psutil
     import torch
     from decoding import cpu_name
 
-    results = {}
+    results, machine = (
+        {},
+        {"processor": cpu_name(torch.get_num_threads()), "load_average": round(psutil.getloadavg()[0], 2)},
+    )
     with tempfile.TemporaryDirectory() as temporary:
         for name in [args.checkpoint] if args.checkpoint else args.preset:
             folder = Path(temporary, str(len(results)))
@@ -200,7 +205,7 @@ def main():
             checkpoint = Path(args.checkpoint) if args.checkpoint else random_checkpoint(name, folder)
             results[name] = measure(args, checkpoint, folder)
             print_table(f"{name}: tokens per second of 1 and {args.requests} requests", results[name])
-    print(json.dumps({"processor": cpu_name(torch.get_num_threads()), "results": results}))
+    print(json.dumps({**machine, "results": results}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import html.parser
+import json
 import types
 import weakref
 
@@ -243,6 +244,12 @@ def test_the_judge_rates_blindly_and_its_key_stays_out(tmp_path, engines, monkey
     captured = capsys.readouterr()
     assert "first.pth, a:2: no score from 1 to 10 in the judge's reply '七分'\n" in captured.err
     assert KEY not in markdown + page + captured.out + captured.err
+    material = [json.loads(body["messages"][1]["content"]) for _, _, body in requests]
+    questions = [row["q"] for _, row in ROWS]
+    assert [(one["问题"], one["回答"]) for one in material] == [
+        *zip(questions, ("石家庄", "我", "风雨")), (questions[0], "不"), (questions[2], ""),
+    ]  # fmt: skip
+    assert material[1]["对话"] == HISTORIES[1] and "对话" not in material[0] and material[2]["参考答案"] == ["雨", "风"]
     sent = str([body for _, _, body in requests])
     assert len(requests) == 5 and "first" not in sent and "second" not in sent and "a model" not in sent
 
