@@ -97,7 +97,8 @@ def rate_answers(judge, columns, rows, histories):
         place, row = rows[index]
         rating = column.ratings[index] = judge.rate(row, histories[index], column.requests[index].text)
         if rating.score is None:
-            tell(f"{column.path}, {place}: no score from 1 to 10 in the judge's reply {rating.reason[:80]!r}")
+            asked = f"{column.path}, {place}, {row['q'][:40]!r}"
+            tell(f"{asked}: no score from 1 to 10 in the judge's reply {rating.reason[:80]!r}")
     if answered and not any(column.ratings[index].score for column, index in answered):
         raise UserError(f"--judge_model {judge.model}: not one valid score; choose a model that can follow the format")
 

@@ -242,7 +242,7 @@ def test_the_judge_rates_blindly_and_its_key_stays_out(tmp_path, engines, monkey
     assert "judge: 9 of 10, 很&lt;好&gt;" in markdown and "judge: no valid score, 七分" in page
     assert "referee at http" in markdown
     captured = capsys.readouterr()
-    assert "first.pth, a:2: no score from 1 to 10 in the judge's reply '七分'\n" in captured.err
+    assert "first.pth, a:2, '你是谁？': no score from 1 to 10 in the judge's reply '七分'\n" in captured.err
     assert KEY not in markdown + page + captured.out + captured.err
     material = [json.loads(body["messages"][1]["content"]) for _, _, body in requests]
     questions = [row["q"] for _, row in ROWS]
