@@ -214,8 +214,10 @@ def load_model(path, **config_overrides):
     sha256 = metadata.get("weights_sha256")
     if sha256 is not None and sha256 != file_sha256(path):
         warn(f"{path} is not the file its .json describes (changed or half replaced)")
-    model = Transformer(config)
-    load_weights(model, state, path)
+    with torch.device("meta"):  # no random weights, which would only be replaced
+        model = Transformer(config)
+    load_weights(model, {name: tensor.float().clone() for name, tensor in state.items()}, path, assign=True)
+    model.tie_weights()
     return model, metadata
 
 
@@ -250,8 +252,9 @@ def head_fields(state, buffers, overrides, path):
     return {"n_heads": heads, "n_kv_heads": kv_width // (width // heads), "head_dim": width // heads}
 
 
-def load_weights(model, state, path):
-    """Copy `state` into `model`, every tensor by name and shape; UserError names the first that does not fit."""
+def load_weights(model, state, path, assign=False):
+    """Copy `state` into `model`, every tensor by name and shape; UserError names the first that does not fit. assign: let
+    the tensors themselves become the model's."""
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in (*found, *expected):
@@ -262,7 +265,7 @@ def load_weights(model, state, path):
         if found[name] != expected[name]:
             shapes = f"{found[name]} in the file but {expected[name]} in the model"
             raise UserError(f"{path}: {name} is {shapes}; check --preset, --dim")
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def file_sha256(path):

@@ -32,12 +32,15 @@ EXTRA = {
         "16",
     ],
     "benchmarks/decoding.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--repeats", "1"],
+    "benchmarks/ceval.py": ["--presets", "minimind-tiny", "--subjects", "1", "--questions", "4", "--repeats", "1"],
+    "benchmarks/exports.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--requests", "2", "--repeats", "1"],
     "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
     "benchmarks/data_process.py": ["--megabytes", "1"],
     "benchmarks/context_length.py": ["--tokens", "256"],
     "benchmarks/kill_and_resume.py": ["--kills", "1"],
     "benchmarks/held_out_split.py": ["--documents", "80", "--epochs", "1"],
 }
+FIND_CHECKPOINTS = ("0-eval_pretrain.py", "2-eval.py", "eval_ceval.py", "export_model.py")
 LEFT_OUT = ("--compile",)  # takes minutes
 
 
@@ -61,6 +64,8 @@ def copy(tmp_path_factory):
     conversations = [(folder / f"made/raw/demo_sft_{kind}.jsonl").read_text("utf-8") for kind in ("single", "multi")]
     (folder / "raw/sft.jsonl").write_text("".join(conversations), "utf-8")
     (folder / "made/raw/demo_dpo.json").rename(folder / "raw/dpo.json")
+    (folder / "ceval").mkdir()
+    (folder / "made/ceval-exam").rename(folder / "ceval/ceval-exam")
     return folder
 
 
@@ -119,12 +124,12 @@ def test_every_python_command_runs(copy):
     lines = [line for line in commands("README.md") if line.startswith("python ")]
     assert len(lines) > 10
     for line in lines:
-        words = small(shlex.split(line.replace("out/multi_chat/full_sft_512", "out/multi_chat/full_sft_32"))[1:])
+        words = small(shlex.split(re.sub(r"(out/\S*(?:full_sft|pretrain))_512", r"\1_32", line))[1:])
         words = [word.replace("out/quickstart/pretrain_192", "out/pretrain_32") for word in words]
         if "--preset" in words and words[0] == "1-pretrain.py":
             words += ["--out_dir", "out/preset"]  # made as small as the others, it has their name
         interactive = "--interactive" in words
-        if words[0] in ("0-eval_pretrain.py", "2-eval.py") and "--checkpoint" not in words:
+        if words[0] in FIND_CHECKPOINTS and "--checkpoint" not in words:
             words += ["--dim", "32", "--n_layers", "2"]
         if words[0] == "images/draw.py" and "curves" in words:
             words = words[:2] + ["--logs", "out/logs/pretrain_32.jsonl", "--output", "loss.png"]
@@ -162,7 +167,8 @@ def test_every_flag_that_the_readmes_name_exists():
     places = (ROOT.glob("*.py"), ROOT.glob("model/**/*.py"), ROOT.glob("images/*.py"), ROOT.glob("benchmarks/*.py"))
     sources = "".join(path.read_text("utf-8") for paths in places for path in paths)
     for name in ("README.md", "README_en.md"):
-        for flag in set(re.findall(r"--(\w+)", (ROOT / name).read_text("utf-8"))):
+        own = re.sub(r"```sh\n.*?```", "", (ROOT / name).read_text("utf-8"), flags=re.DOTALL)  # without other programs
+        for flag in set(re.findall(r"--(\w+)", own)):
             assert flag == "help" or re.search(rf'"--{flag}"|^    {flag}: \w+ = flag\(', sources, re.MULTILINE), (
                 f"{name}: --{flag}"
             )
