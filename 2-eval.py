@@ -45,7 +45,9 @@ def parse_arguments():
     report.add_argument("--checkpoint", action="append", metavar="PATH", help=several)
     endpoint = "an OpenAI-compatible endpoint that rates the answers: http://127.0.0.1:8000/v1; its key: OPENAI_API_KEY"
     report.add_argument("--judge", metavar="URL", help=endpoint)
-    report.add_argument("--judge_model", metavar="NAME", help="the model that --judge asks")
+    report.add_argument(
+        "--judge_model", metavar="NAME", help="the model that --judge asks (default: the first it lists)"
+    )
     report.add_argument("--overwrite", action="store_true", help="replace the files of an earlier --report")
     args = parser.parse_args()
     check_report_flags(args)
@@ -65,8 +67,8 @@ def check_report_flags(args):
             raise UserError(f"{name} needs --report FILE", exit_code=2)
     if args.report and (args.interactive or args.json):
         raise UserError(f"--report does not go with --{'interactive' if args.interactive else 'json'}", exit_code=2)
-    if bool(args.judge) != bool(args.judge_model):
-        raise UserError("--judge URL and --judge_model NAME need each other", exit_code=2)
+    if args.judge_model and not args.judge:
+        raise UserError("--judge_model NAME needs --judge URL", exit_code=2)
 
 
 def main():

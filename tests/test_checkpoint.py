@@ -47,6 +47,7 @@ def test_round_trip_keeps_weights_config_and_metadata(tmp_path, fields):
     save_checkpoint(path, model, {"stage": "pretrain", "step": 3})
     loaded, metadata = load_model(path)
     assert_same_function(model, loaded)
+    assert loaded.output.weight is loaded.tok_embeddings.weight and loaded.device.type == "cpu"
     assert (
         metadata["stage"] == "pretrain" and metadata["step"] == 3 and metadata["versions"]["torch"] == torch.__version__
     )

@@ -399,7 +399,6 @@ def test_flags_of_the_report_that_do_not_go_together(run, tmp_path, out_dir):
         (("--overwrite",), "--overwrite needs --report"),
         ((*report, "--interactive"), "--report does not go with --interactive"),
         ((*report, "--json"), "--report does not go with --json"),
-        ((*report, *judge), "--judge_model NAME"),
         ((*report, "--judge_model", "m"), "--judge URL"),
         ((*report, "--judge", "x", "--judge_model", "m"), "--judge x: expected a URL"),
         (("--report", tmp_path / "r.txt"), "r.txt", ".md or .html"),

@@ -12,6 +12,7 @@ FORBIDDEN = {
     "data": {"training"},
     "inference": {"training"},
     "evaluation": {"training", "demo"},
+    "export": {"data", "training", "inference", "evaluation", "demo"},
 }
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

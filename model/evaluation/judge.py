@@ -30,12 +30,13 @@ class Rating:
 
 
 class Judge:
-    """The model `model` behind `url` ("http://127.0.0.1:8000/v1"), its key from the environment's OPENAI_API_KEY.
+    """The model `model` behind `url` ("http://127.0.0.1:8000/v1"; None: the first that it lists), its key from the
+    environment's OPENAI_API_KEY.
 
     Raises UserError for a URL that is none, or that carries a password or a query: both would end up in the report.
     """
 
-    def __init__(self, url, model, timeout=60.0):
+    def __init__(self, url, model=None, timeout=60.0):
         """timeout: seconds for one rating; one that fails for a passing reason is asked for once more."""
         try:
             parts = urlsplit(url)
@@ -51,6 +52,18 @@ class Judge:
         self.url, self.model, self.timeout = url, model, timeout
         key = os.environ.get("OPENAI_API_KEY") or "none"  # a server on this machine wants none
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=1)
+        if model is None:
+            self.model = self.first_model()
+
+    def first_model(self):
+        """The name of the first model that the endpoint lists; "default" where it has no list, as a server of a single
+        model may."""
+        import openai
+
+        try:
+            return self.client.models.list().data[0].id
+        except (openai.OpenAIError, AttributeError, LookupError, TypeError, ValueError):
+            return "default"  # what is wrong, if anything is, the first rating tells
 
     def rate(self, row, history, answer):
         """The Rating of the text `answer` to row["q"] after the messages `history`; a row's "answer" is the reference.

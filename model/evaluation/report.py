@@ -27,7 +27,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 1em auto; padding: 0 1em; m
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; margin: 1em 0 }
 th, td { border: 1px solid #888; padding: .4em .6em; text-align: left; vertical-align: top; white-space: pre-wrap;
-  overflow-wrap: anywhere; min-width: 5em }
+  overflow-wrap: break-word; min-width: 5em; max-width: 30em }
 .wide th, .wide td { min-width: 16em }
 small { display: block; opacity: .75 }"""
 

@@ -15,8 +15,8 @@ KEY = "sk-secret-of-this-test"
 
 
 @contextlib.contextmanager
-def endpoint(respond):
-    """A stand-in endpoint; yields (its URL, the requests it got as (path, headers, body)). respond(body) gives the text
+def endpoint(respond, models=None):
+    """A stand-in endpoint, which lists `models` if there are any; yields (its URL, the requests it got as (path, headers, body)). respond(body) gives the text
     of its reply, or (status, content type, bytes)."""
     requests = []
 
@@ -37,6 +37,14 @@ def endpoint(respond):
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
+
+        def do_GET(self):
+            content = json.dumps({"object": "list", "data": [{"id": name, "object": "model"} for name in models or ()]})
+            self.send_response(200 if models and self.path == "/v1/models" else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
 
         def log_message(self, *words):
             pass
@@ -78,6 +86,13 @@ def test_what_the_judge_is_asked(monkeypatch):
         "回答": "“365天”\n",
     }
     assert json.loads(requests[1][2]["messages"][1]["content"]) == {"问题": "你是谁？", "回答": ""}
+
+
+@pytest.mark.parametrize("models, asked", [(["first", "second"], "first"), (None, "default")])
+def test_without_a_name_the_first_model_of_the_endpoint_judges(models, asked):
+    with endpoint(lambda body: '{"score": 5}', models) as (url, requests):
+        assert Judge(url).rate({"q": "一星期有多少天？"}, [], "七天。").score == 5
+    assert requests[0][2]["model"] == asked
 
 
 @pytest.mark.parametrize(
