@@ -71,7 +71,9 @@ def test_a_dense_model_there_and_back_is_bit_equal(run, tmp_path, dense, kind):
     assert same_weights(dense, tmp_path / "back.pth")
     plain = torch.load(tmp_path / "back.pth", weights_only=True)
     assert list(plain) == list(torch.load(dense, weights_only=True))
-    assert json.loads((tmp_path / "back.json").read_text())["parent"]["file"] == str(tmp_path / "there")
+    record = json.loads((tmp_path / "back.json").read_text())
+    assert record["parent"]["file"] == str(tmp_path / "there")
+    assert record["tokenizer_hash"] == json.loads(dense.with_suffix(".json").read_text())["tokenizer_hash"]
 
 
 @pytest.mark.parametrize("kind", ["minimind", "granitemoe"])
@@ -165,6 +167,10 @@ def test_what_is_there_is_replaced_only_when_forced_and_only_if_it_is_an_export(
     assert (tmp_path / "there/model.py").exists() and load_model(tmp_path / "there")[0].config.use_moe
     assert run("--checkpoint", dense, "--format", "llama", "--output", "there", "--force")[0] == 0
     assert not (tmp_path / "there/model.py").exists()  # nothing of the earlier one stays
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    (tmp_path / "there/LMConfig.py").mkdir()
+    failed(run("--checkpoint", dense, "--output", "there", "--force"), "there", "LMConfig.py")
+    (tmp_path / "there/LMConfig.py").rmdir()
     (tmp_path / "there/diary.txt").write_text("mine")
     failed(run("--checkpoint", dense, "--output", "there", "--force"), "there", "diary.txt")
     assert (tmp_path / "there/diary.txt").read_text() == "mine"

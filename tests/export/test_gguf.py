@@ -61,7 +61,7 @@ def exported(tmp_path, tokenizer, quantization="f32", **fields):
     "fields",
     [
         {},
-        dict(dim=96, n_heads=5, n_kv_heads=5, head_dim=18, rope_theta=5e5, norm_eps=1e-4),
+        dict(dim=96, n_heads=5, n_kv_heads=5, head_dim=18, rope_theta=5e5, norm_eps=0.3),
         dict(rope_scaling={"rope_type": "linear", "factor": 4}),
         dict(rope_scaling=YARN),
         dict(rope_scaling={**YARN, "attention_factor": 1.3, "original_max_position_embeddings": 50}),

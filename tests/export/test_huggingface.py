@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from conftest import trained_scale
@@ -132,6 +133,8 @@ def test_every_folder_is_complete_and_in_the_number_format_asked_for(tmp_path, t
     assert (description["bos_token_id"], description["eos_token_id"], description["pad_token_id"]) == (1, 2, 0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=kind == "minimind")
     assert loaded.dtype == torch.bfloat16 and loaded.generation_config.eos_token_id == 2
+    stored = safetensors.torch.load_file(tmp_path / "half/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     assert torch.equal(loaded.get_input_embeddings().weight, model.tok_embeddings.weight.to(torch.bfloat16))
 
 

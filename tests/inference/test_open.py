@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from model.checkpoint import save_checkpoint
+from model.checkpoint import load_model, save_checkpoint
 from model.errors import UserError
+from model.export.card import Card
+from model.export.huggingface import write_folder
 from model.inference.open import open_engine
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -59,3 +61,12 @@ def test_positions_are_stretched_by_what_the_context_grew(out_dir, small_tokeniz
 def test_another_tokenizer_is_refused(out_dir, tokenizer):
     with pytest.raises(UserError, match="400 words but the tokenizer 6400"):
         opened(out_dir, tokenizer)
+
+
+def test_a_hugging_face_folder_brings_its_tokenizer_along(out_dir, small_tokenizer, tokenizer):
+    model, _ = load_model(out_dir / "pretrain_32.pth")
+    write_folder(out_dir / "hub", model, small_tokenizer, "llama", "float32", Card("x", {}, "", "mit"))
+    engine, path = open_engine(InferenceSettings(checkpoint=str(out_dir / "hub"), device="cpu"))
+    assert len(engine.tokenizer) == len(small_tokenizer) and path == str(out_dir / "hub")
+    with pytest.raises(UserError, match="400 words but the tokenizer 6400"):
+        opened(out_dir, tokenizer, checkpoint=out_dir / "hub")
