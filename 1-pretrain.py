@@ -46,7 +46,7 @@ def main():
     settings = training_settings(args)
     device = start(settings)
     check_data_file(args.data_path, "pretrain")
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    tokenizer = load_tokenizer(args.tokenizer_path, args.init_from)
     model, parent = build_model(from_flags(ModelSettings, args), tokenizer, args.init_from)
     model.to(device)
     print_once(describe_model(model, settings.dtype))

@@ -35,16 +35,19 @@ def main():
     # Imported after the arguments are read, so that --help answers at once.
     from model.checkpoint import file_sha256, weights_file
     from model.export.card import Card, model_card, read_scores
-    from model.export.hub import push_to_hub
+    from model.export.hub import check_repository, push_to_hub
     from model.export.write import check_output, default_output, write_export
     from model.inference.open import open_model
     from model.tokenizer import DEFAULT_TOKENIZER_PATH
 
+    # What cannot work is said before the model is loaded.
     if settings.output:
-        check_output(settings, settings.output)
+        check_output(settings, Path(settings.output))
+    if settings.push_to_hub:
+        check_repository(settings.push_to_hub)
     scores = read_scores(settings.scores) if settings.scores else None
     model, tokenizer, path, metadata = open_model(from_flags(CheckpointSettings, args))
-    output = Path(settings.output or default_output(settings.format, path))
+    output = Path(settings.output or default_output(settings, path))
     check_output(settings, output)
 
     card = Card(output.stem, metadata, file_sha256(weights_file(path)), settings.license, scores)
@@ -57,7 +60,7 @@ def main():
         print(f"its tokenizer: --tokenizer_path {tokenizer.name_or_path}")
     if settings.push_to_hub:
         text = model_card(card, model.config, tokenizer, settings.format) if settings.format == "gguf" else None
-        print(push_to_hub(settings.push_to_hub, written, text))
+        print(push_to_hub(settings.push_to_hub, written, text, settings.private))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The shape of a MiniMind model: every number that decides which weights exist and what they compute."""
 
+import math
+
 from transformers import PretrainedConfig
 
 # name -> the fields that differ from LMConfig's defaults. The last four names are v1's first release and a model small
@@ -114,10 +116,11 @@ class LMConfig(PretrainedConfig):
         if scaling["rope_type"] not in ("linear", "yarn"):
             raise ValueError(f"rope_scaling rope_type must be 'linear' or 'yarn', got {scaling['rope_type']!r}")
         factor = scaling.get("factor")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor < math.inf:
             raise ValueError(f"rope_scaling factor must be a number of at least 1, got {factor!r}")
         for name in ("beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings"):
-            if not isinstance(scaling.get(name) or 1, (int, float)) or (scaling.get(name) or 1) <= 0:
+            value = scaling.get(name) or 1
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"rope_scaling {name} must be a number above 0, got {scaling[name]!r}")
 
 

@@ -24,7 +24,7 @@ from model.files import atomic_files
 from model.LMConfig import PRESETS, LMConfig
 from model.model import Transformer
 from model.stages import STAGES
-from model.tokenizer import DEFAULT_TOKENIZER_PATH, tokenizer_hash
+from model.tokenizer import DEFAULT_TOKENIZER_PATH, load_tokenizer, own_tokenizer, tokenizer_hash
 
 CONFIG_FIELDS = tuple(name for name in inspect.signature(LMConfig).parameters if name != "kwargs")
 # May change without changing what a weight means; every other field of a checkpoint is what it is.
@@ -102,7 +102,7 @@ def read_tensors(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here, from UnpicklingError to struct.error
-        unsafe = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        unsafe = re.search(r"[Uu]nsupported (?:global: )?(?:GLOBAL|class) (\S+)", str(error))
         if unsafe:
             raise UserError(f"{path}: refused, loading it would run {unsafe[1]}; use a plain state dict") from None
         raise UserError(f"{path}: not a PyTorch checkpoint, or a truncated one; copy or download it again") from None
@@ -116,7 +116,7 @@ def weights_file(path):
         return path
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin")]
     for file in files:
-        if file.exists():
+        if file.is_file():
             return file
     parts = "; it is in parts, save it again as one file" if any(path.glob("*.index.json")) else ""
     raise UserError(f"{path}: has no {' or '.join(file.name for file in files)}{parts}")
@@ -134,6 +134,9 @@ def read_weights(path):
             state = state_of_stock_weights(state, LMConfig(**read_metadata(path)["config"]))
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():  # v1's pos_cis is complex
+            raise UserError(f"{file}: {name} holds {tensor.dtype}, no weights; only float formats can be read")
     named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
     embeddings = named.get("tok_embeddings.weight")
     if embeddings is None or embeddings.dim() != 2:
@@ -159,7 +162,7 @@ def read_metadata(path):
     if path.is_dir():
         return {"config": read_folder_config(path / "config.json")}
     description = path.with_suffix(".json")
-    if not description.exists():
+    if description == path or not description.exists():
         return {}
     try:
         metadata = json.loads(description.read_text(encoding="utf-8"))
@@ -282,7 +285,9 @@ def check_tokenizer(tokenizer, path, model, metadata):
     if len(tokenizer) != model.config.vocab_size:
         words = model.config.vocab_size
         raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; correct --tokenizer_path")
-    known = metadata.get("tokenizer_hash")
+    known, own = metadata.get("tokenizer_hash"), own_tokenizer(path)
+    if known is None and own is not None:
+        known = tokenizer_hash(load_tokenizer(own))
     if known is None and Path(tokenizer.name_or_path).resolve() == DEFAULT_TOKENIZER_PATH.resolve():
         reason = "cannot tell which tokenizer it was trained with, using the one shipped here"
         warn(f"{path}: {reason}; v1's published weights need v1's own tokenizer folder (--tokenizer_path)")

@@ -37,8 +37,12 @@ FEED_FORWARD_NAMES = {
 ROUTER_NAME = {"feed_forward.gate": "block_sparse_moe.router.layer"}
 # What the stock classes can and MiniMind cannot: the value that means "without it". None and a missing field do too.
 WITHOUT = dict(
-    attention_bias=False, mlp_bias=False, sliding_window=None, partial_rotary_factor=1.0, quantization_config=None,
-    embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0,
+    attention_bias=False, mlp_bias=False, sliding_window=None, quantization_config=None, embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0,
+)  # fmt: skip
+ROPE_WITHOUT = dict(partial_rotary_factor=1.0, truncate=True)
+ROPE_KNOWN = ("rope_type", "factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
 )  # fmt: skip
 
 
@@ -64,16 +68,20 @@ def stock_config(config):
     if kind == "mistral":
         fields["sliding_window"] = None  # older transformers default to 4096
     if config.use_moe:
-        if config.num_experts_per_tok < 2 or not config.norm_topk_prob:
-            raise ValueError(
-                "Granite always renormalises the weights of 2 or more experts a token; this model does not"
-            )
+        check_router(config.num_experts_per_tok, config.norm_topk_prob)
         fields.update(
             num_local_experts=config.n_routed_experts, num_experts_per_tok=config.num_experts_per_tok,
             shared_intermediate_size=config.n_shared_experts * config.hidden_dim, attention_multiplier=config.head_dim**-0.5,
             embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0, router_aux_loss_coef=config.aux_loss_alpha,
         )  # fmt: skip
     return fields
+
+
+def check_router(experts_per_token, renormalised=True):
+    """Raise ValueError unless Granite's router and ours weigh the experts alike: that of a single one is 1 there, its
+    probability here."""
+    if experts_per_token < 2 or not renormalised:
+        raise ValueError("Granite renormalises the weights of 2 or more experts a token, this model does not")
 
 
 def rope_fields(config):
@@ -93,6 +101,9 @@ def fields_of_stock_config(description):
     kind = description.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"model_type {kind!r} is none of minimind, {', '.join(CLASSES)}, the ones that can be read")
+    for name in SIZES:
+        if not isinstance(description.get(name, 1), int) or description.get(name, 1) < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {description[name]!r}")
     theirs = AutoConfig.for_model(**description)  # fills in what config.json leaves to the class
     for name, value in WITHOUT.items():
         if getattr(theirs, name, None) not in (None, value):
@@ -102,6 +113,10 @@ def fields_of_stock_config(description):
     scaling = dict(theirs.rope_parameters)
     theta, rope_type = scaling.pop("rope_theta"), scaling.get("rope_type")
     scaling.pop("type", None)
+    for name in scaling.keys() - set(ROPE_KNOWN):
+        if scaling[name] not in (None, ROPE_WITHOUT.get(name)):
+            raise ValueError(f"RoPE's {name} is {scaling[name]!r}, which MiniMind does not have")
+        del scaling[name]
     fields = dict(
         dim=theirs.hidden_size, n_layers=theirs.num_hidden_layers, n_heads=theirs.num_attention_heads,
         n_kv_heads=theirs.num_key_value_heads, vocab_size=theirs.vocab_size, hidden_dim=theirs.intermediate_size,
@@ -110,6 +125,7 @@ def fields_of_stock_config(description):
         rope_scaling=None if rope_type == "default" else scaling,
     )  # fmt: skip
     if kind == MOE_TYPE:
+        check_router(theirs.num_experts_per_tok)
         if not math.isclose(theirs.attention_multiplier, fields["head_dim"] ** -0.5, rel_tol=1e-6):
             raise ValueError(f"attention_multiplier is {theirs.attention_multiplier}, MiniMind's is head size ** -0.5")
         shared, rest = divmod(theirs.shared_intermediate_size, theirs.intermediate_size)

@@ -94,7 +94,10 @@ def atomic_files():
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
         temporary = unfinished(target)
-        created.append((open(temporary, mode, **open_arguments), temporary, target))
+        try:
+            created.append((open(temporary, mode, **open_arguments), temporary, target))
+        except OSError as error:
+            raise named(error, target, temporary)
         return created[-1][0]
 
     try:
@@ -105,14 +108,21 @@ def atomic_files():
             handle.close()
         for _, temporary, path in created:
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         for handle, temporary, _ in created:
             with contextlib.suppress(OSError):  # a full disk again, while the buffer is flushed
                 handle.close()
             temporary.unlink(missing_ok=True)
-        raise
+        raise named(error, created[0][2] if created else None)
     for directory in {path.parent for *_, path in created}:
         sync_directory(directory)
+
+
+def named(error, path, temporary=None):
+    """`error` itself; an OSError without a name, as a full disk gives, or with that of `temporary` now names `path`."""
+    if isinstance(error, OSError) and path is not None and error.filename in (None, str(temporary)):
+        error.filename = str(path)
+    return error
 
 
 @contextlib.contextmanager
@@ -137,11 +147,15 @@ def refuse_foreign(path, names):
 @contextlib.contextmanager
 def atomic_folder(path):
     """A context that gives a new folder, a Path, to write files into. If the block ends without error they are fsynced and
-    the folder becomes `path`, in the place of one that is there: see refuse_foreign. Otherwise it goes."""
+    the folder becomes `path`, in the place of one that is there: see refuse_foreign. Otherwise it goes.
+
+    kill -9 between the two renames that replace a folder leaves the new one unfinished and the old one under the name
+    `path`.replaced-...; nothing removes that."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
     folder = unfinished(target)
+    previous = target.with_name(folder.name.replace(".tmp-", ".replaced-"))
     folder.mkdir()
     try:
         yield folder
@@ -150,16 +164,15 @@ def atomic_folder(path):
                 os.fsync(handle.fileno())
         sync_directory(folder)
         if target.exists():
-            previous = unfinished(target)
             target.rename(previous)
-            folder.rename(target)
-            shutil.rmtree(previous)
-        else:
-            folder.rename(target)
-    except BaseException:
+        folder.rename(target)
+    except BaseException as error:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        raise named(error, target)
     sync_directory(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import dataclasses
 import math
 
 from model.errors import UserError
-from model.tokenizer import DEFAULT_TOKENIZER_PATH
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -74,7 +73,9 @@ class DataSettings(Checked):
     """What a training stage reads and starts from."""
 
     data_path: str = flag(None, "training rows, .csv or .jsonl (default: {default})", str)
-    tokenizer_path: str = flag(str(DEFAULT_TOKENIZER_PATH), "tokenizer folder (default: model/minimind_tokenizer)")
+    tokenizer_path: str = flag(
+        None, "tokenizer folder (default: a parent folder's, else model/minimind_tokenizer)", str
+    )
     cache_dir: str = flag(None, "where tokenised rows are kept (default: .cache beside the data file)", str)
     init_from: str = flag(None, "start from this checkpoint; its shape wins over the preset", str, metavar="PTH")
     resume: bool = flag(False, "go on exactly where the last saved step ended")
@@ -175,12 +176,15 @@ class ExportSettings(Checked):
     push_to_hub: str = flag(
         None, "upload the export to this repository of the Hugging Face hub", str, metavar="OWNER/NAME"
     )
+    private: bool = flag(False, "a repository that --push_to_hub makes is private")
 
     def __post_init__(self):
         super().__post_init__()
         for name, wrong in (("dtype", self.format == "gguf"), ("quantization", self.format != "gguf")):
             if wrong and getattr(self, name):
                 raise UserError(f"--{name}: is not for --format {self.format}", exit_code=2)
+        if self.private and not self.push_to_hub:
+            raise UserError("--private: needs --push_to_hub", exit_code=2)
         if self.format == "pth" and (self.scores or self.license != type(self).license):
             raise UserError("--scores, --license: a pth has no model card", exit_code=2)
         if self.format == "gguf" and self.scores and not self.push_to_hub:

@@ -36,15 +36,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def load_tokenizer(path=None):
-    """Read a tokenizer folder (tokenizer.json, tokenizer_config.json; default: the one shipped) as a transformers fast
-    tokenizer.
+def load_tokenizer(path=None, checkpoint=None):
+    """Read a tokenizer folder (tokenizer.json, tokenizer_config.json) as a transformers fast tokenizer: `path`, else the
+    one that the Hugging Face folder `checkpoint` brings along, else the one shipped.
 
     Raises UserError for a folder that is missing, unreadable, or whose tokenizer lacks <s> or </s>.
     """
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(path or DEFAULT_TOKENIZER_PATH)
+    path = Path(path or own_tokenizer(checkpoint) or DEFAULT_TOKENIZER_PATH)
     if not (path / "tokenizer.json").is_file():
         reason = "has no tokenizer.json" if path.is_dir() else "no such tokenizer folder"
         raise UserError(f"{path}: {reason}; correct --tokenizer_path, or make one with train_tokenizer.py")
@@ -56,6 +56,18 @@ def load_tokenizer(path=None):
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"{path}: names no bos_token and eos_token in tokenizer_config.json; expected <s> and </s>")
     return tokenizer
+
+
+def own_tokenizer(checkpoint):
+    """The folder `checkpoint` itself where it has a tokenizer.json, as an export has; None for a .pth or no checkpoint."""
+    return checkpoint if checkpoint is not None and Path(checkpoint, "tokenizer.json").exists() else None
+
+
+def chat_template(tokenizer):
+    """The tokenizer's chat template; CHAT_TEMPLATE with its control tokens where it has none."""
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    return CHAT_TEMPLATE.replace("'<s>", f"'{tokenizer.bos_token}").replace("'</s>", f"'{tokenizer.eos_token}")
 
 
 def save_tokenizer(backend, directory):
@@ -89,23 +101,25 @@ def turn_frames(tokenizer):
     """({role: (text before, text after a turn's content)}, the text after which the assistant writes), as the tokenizer's
     chat template writes them; as CHAT_TEMPLATE does where it has none.
 
-    Raises UserError for a template that does more than put a frame around each turn.
+    Raises UserError for a template that is seen to do more than put a frame around each turn: to trim, to change what it
+    writes by place, to add a system turn.
     """
     start, end = tokenizer.bos_token, tokenizer.eos_token
-    if tokenizer.chat_template in (None, CHAT_TEMPLATE):
+    if tokenizer.chat_template in (None, "", CHAT_TEMPLATE):
         return {role: (f"{start}{role}\n", f"{end}\n") for role in ROLES}, f"{start}assistant\n"
 
     def written(*turns, add_generation_prompt=False):
         messages = [{"role": role, "content": content} for role, content in turns]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
-    turns = ("system", "content 0"), ("user", "content 1"), ("assistant", "content 2"), ("user", "content 3")
+    roles = ("system", *("user", "assistant") * 3, "user")
+    turns = [(role, f" \n content {place} \n ") for place, role in enumerate(roles)]
     try:
         question = written(turns[1])
         around = {
-            "system": (written(*turns[:2]).removesuffix(question), "content 0"),
-            "user": (question, "content 1"),
-            "assistant": (written(*turns[1:3]).removeprefix(question), "content 2"),
+            "system": (written(*turns[:2]).removesuffix(question), turns[0][1]),
+            "user": (question, turns[1][1]),
+            "assistant": (written(*turns[1:3]).removeprefix(question), turns[2][1]),
         }
         frames = {role: text.split(content) for role, (text, content) in around.items()}
         generation_prompt = written(turns[1], add_generation_prompt=True).removeprefix(question)

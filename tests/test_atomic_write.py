@@ -1,16 +1,19 @@
 """A result appears whole or not at all, through links, never in the place of a device; what the dead left goes."""
 
+import errno
 import os
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from model import files
 from model.errors import UserError
-from model.files import atomic_write, refuse_existing
+from model.files import atomic_folder, atomic_write, refuse_existing
 
 
 def write(path, data=b"new"):
@@ -123,3 +126,72 @@ def test_existing_files_are_refused_unless_overwritten(tmp_path):
     for name in ("a", "dangling"):
         with pytest.raises(UserError, match=f"{tmp_path}/{name}: is there already.*--overwrite"):
             refuse_existing([tmp_path / "b", tmp_path / name], overwrite=False)
+
+
+def fill(path, text):
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text(text)
+        (folder / "b").write_text(text)
+
+
+def content(path):
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_a_folder_is_replaced_whole_and_nothing_else_stays(tmp_path):
+    fill(tmp_path / "x", "old")
+    (tmp_path / "x/c").write_text("more of the old one")
+    fill(tmp_path / "x", "new")
+    assert content(tmp_path / "x") == {"a": "new", "b": "new"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EACCES, "no")])
+def test_whatever_stops_the_replacement_the_old_folder_stays(tmp_path, monkeypatch, failing, error):
+    fill(tmp_path / "x", "old")
+    calls, rename = [], Path.rename
+
+    def stop(self, target):
+        calls.append(target)
+        if len(calls) == failing:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        fill(tmp_path / "x", "new")
+    assert content(tmp_path / "x") == {"a": "old", "b": "old"} and [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_kill_9_between_the_two_renames_leaves_both_folders(tmp_path):
+    program = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from model.files import atomic_folder
+rename = Path.rename
+def kill(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), 9)
+with atomic_folder({str(tmp_path / "x")!r}) as folder:
+    (folder / "a").write_text("new")
+    Path.rename = kill
+"""
+    fill(tmp_path / "x", "old")
+    subprocess.run([sys.executable, "-c", program])
+    assert not (tmp_path / "x").exists()
+    fill(tmp_path / "x", "newer")  # removes what is unfinished, but not what was whole
+    (old,) = tmp_path.glob("x.replaced-*")
+    assert content(old) == {"a": "old", "b": "old"} and content(tmp_path / "x") == {"a": "newer", "b": "newer"}
+
+
+def test_a_full_disk_names_the_file_and_a_missing_place_its_final_name(tmp_path):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "x")
+    with pytest.raises(OSError) as caught, atomic_folder(tmp_path / "folder"):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "folder") and not list(tmp_path.iterdir())
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "x"):
+        raise FileNotFoundError(errno.ENOENT, "another's", str(tmp_path / "other"))
+    assert caught.value.filename == str(tmp_path / "other")

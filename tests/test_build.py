@@ -1,5 +1,7 @@
 """Flags to a model."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from model.export.huggingface import write_folder
 from model.LMConfig import PRESETS, LMConfig, preset_config
 from model.model import Transformer
 from model.settings import ModelSettings
+from model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -31,5 +34,17 @@ def test_training_may_start_from_a_hugging_face_folder_and_one_flag_need_not_fit
     assert all(torch.equal(one, other) for one, other in zip(started.parameters(), model.parameters()))
     assert started.config.max_seq_len == 48 and started.training
     assert entry == {"file": str(tmp_path / "hub"), "sha256": file_sha256(tmp_path / "hub/model.safetensors")}
+    other = shutil.copytree(tmp_path / "hub", tmp_path / "other")
+    swapped = (
+        (other / "tokenizer.json")
+        .read_text("utf-8")
+        .replace('"的": ', '"#": ')
+        .replace('"是": ', '"的": ')
+        .replace('"#": ', '"是": ')
+    )
+    (other / "tokenizer.json").write_text(swapped, "utf-8")
+    with pytest.raises(UserError, match="was trained with another tokenizer of the same size"):
+        build_model(ModelSettings(), tokenizer, other)
+    build_model(ModelSettings(), load_tokenizer(None, other), other)
     with pytest.raises(UserError, match="has n_heads 4, not 2"):
         build_model(ModelSettings(n_heads=2), tokenizer, tmp_path / "hub")

@@ -1,12 +1,16 @@
 """export_model.py: every format, there and back, and one clear line with nothing left behind where it cannot be."""
 
+import hashlib
 import json
 import resource
 import runpy
+import shutil
 import sys
 
 import pytest
 import torch
+from gguf import GGUFReader
+from transformers import AutoTokenizer
 
 from conftest import ROOT, assert_one_line_error, run_script, trained_scale
 from model.checkpoint import load_model, save_checkpoint
@@ -19,6 +23,7 @@ SHAPE = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
 def checkpoint(path, tokenizer, stage="multi_chat/full_sft", **fields):
     model = trained_scale(LMConfig(**{**SHAPE, **fields}, vocab_size=len(tokenizer)))
     metadata = {"stage": stage, "tokenizer_hash": tokenizer_hash(tokenizer), "validation_loss": 1.25, "step": 7}
+    metadata["parent"] = {"file": "/home/somebody/out/parent.pth", "sha256": "0"}
     save_checkpoint(path, model, metadata)
     return model
 
@@ -67,12 +72,14 @@ def same_weights(path, other):
 def test_a_dense_model_there_and_back_is_bit_equal(run, tmp_path, dense, kind):
     code, out, err = run("--checkpoint", dense, "--format", kind, "--output", tmp_path / "there")
     assert code == 0 and f"-> {kind}" in out and not err
-    assert run("--checkpoint", tmp_path / "there", "--format", "pth", "--output", tmp_path / "back.pth")[0] == 0
+    code, out, _ = run("--checkpoint", tmp_path / "there", "--format", "pth", "--output", tmp_path / "back.pth")
+    assert code == 0
     assert same_weights(dense, tmp_path / "back.pth")
     plain = torch.load(tmp_path / "back.pth", weights_only=True)
     assert list(plain) == list(torch.load(dense, weights_only=True))
     record = json.loads((tmp_path / "back.json").read_text())
     assert record["parent"]["file"] == str(tmp_path / "there")
+    assert f"its tokenizer: --tokenizer_path {tmp_path / 'there'}" in out
     assert record["tokenizer_hash"] == json.loads(dense.with_suffix(".json").read_text())["tokenizer_hash"]
 
 
@@ -90,16 +97,21 @@ def test_without_flags_the_latest_chat_model_becomes_a_folder(run, tmp_path, tok
 
 
 def test_the_card_tells_what_is_known(run, tmp_path, dense):
-    scores = dict(accuracy=0.2556, correct=344, questions=1346, interval_95=[0.233, 0.2796])
-    scores["verdict"] = "not distinguishable from guessing"
+    sha256 = hashlib.sha256(dense.read_bytes()).hexdigest()
+    scores = dict(accuracy=0.2556, correct=344, questions=1346, interval_95=[0.233, 0.2796], checkpoint_sha256=sha256)
+    scores |= dict(verdict="not distinguishable from guessing", benchmark="C-Eval", prompt_format="chat", few_shot=5)
+    scores |= dict(not_fitting=3)
     (tmp_path / "summary.json").write_text(json.dumps(scores))
     words = ("--format", "llama", "--license", "cc-by-nc-4.0", "--scores", "summary.json", "--output", "card")
     assert run("--checkpoint", dense, *words)[0] == 0
     card = (tmp_path / "card/README.md").read_text("utf-8")
     for part in ("license: cc-by-nc-4.0", "2 x 32", "LlamaForCausalLM", "344 of 1346 = 25.56%", "23.30% to 27.96%",
-                 "not distinguishable from guessing", "multi_chat/full_sft", "1.2500", "# card"):  # fmt: skip
+                 "not distinguishable from guessing", "multi_chat/full_sft", "1.2500", "# card", sha256, "| parent.pth |",
+                 "C-Eval, chat prompts, up to 5 examples", "counted as wrong | 3 |"):  # fmt: skip
         assert part in card
-    for text in ("[]", "{", '{"accuracy": 1}'):
+    (tmp_path / "summary.json").write_text(json.dumps({**scores, "checkpoint_sha256": "0" * 64}))
+    failed(run("--checkpoint", dense, "--force", *words), "--scores", "another checkpoint")
+    for text in ("[]", "{", '{"accuracy": 1}', json.dumps({**scores, "interval_95": 3})):
         (tmp_path / "summary.json").write_text(text)
         failed(run("--checkpoint", dense, "--force", *words), "summary.json", "eval_ceval.py")
 
@@ -112,7 +124,20 @@ def test_a_gguf_has_a_modelfile_beside_it(run, tmp_path, dense):
     assert modelfile.startswith("FROM ./chat.gguf\n") and "PARAMETER stop </s>" in modelfile
     assert '{{ if eq .Role "system" }}<s>system\n{{ .Content }}</s>\n{{ else if eq .Role "user" }}' in modelfile
     assert modelfile.count("<s>assistant\n") == 2 and "num_ctx 64" in modelfile
-    failed(run("--checkpoint", dense, "--format", "gguf", "--output", "made/other.gguf"), "Modelfile", "--force")
+    for number_format in ("f16", "f32"):  # beside each other, with a Modelfile each
+        words = ("--quantization", number_format, "--output", f"made/{number_format}.gguf")
+        assert run("--checkpoint", dense, "--format", "gguf", *words)[0] == 0
+        assert (
+            (tmp_path / f"made/{number_format}.Modelfile").read_text("utf-8").startswith(f"FROM ./{number_format}.gguf")
+        )
+    assert (tmp_path / "made/Modelfile").read_text("utf-8") == modelfile
+    failed(run("--checkpoint", dense, "--format", "gguf", "--output", "made/chat.gguf"), "chat.gguf", "--force")
+    (tmp_path / "made/chat.gguf").unlink()
+    failed(run("--checkpoint", dense, "--format", "gguf", "--output", "made/chat.gguf"), "Modelfile", "--force")
+    assert run("--checkpoint", dense, "--format", "gguf", "--output", "made/chat.gguf", "--force")[0] == 0
+    assert run("--checkpoint", dense, "--format", "gguf")[0] == 0
+    made = {path.name for path in (tmp_path / "out/export/full_sft_32_gguf").iterdir()}
+    assert made == {"full_sft_32_q8_0.gguf", "Modelfile"}
 
 
 def test_a_bare_pth_takes_its_heads_from_the_flag_and_yarn_is_carried_over(run, tmp_path, tokenizer, dense):
@@ -139,12 +164,18 @@ def test_half_precision_halves_the_file(run, tmp_path, dense):
     "words, parts, code",
     [
         (["--format", "granitemoe", "--output", "x"], ["--format granitemoe", "dense", "--format llama"], 2),
-        (["--format", "gguf", "--output", "x"], ["--output x", "must end in .gguf"], 2),
-        (["--format", "pth", "--output", "x.gguf"], ["--output x.gguf", "must end in .pth"], 2),
+        (["--format", "gguf", "--output", "x"], ["--output x", "ends in .gguf"], 2),
+        (["--format", "pth", "--output", "x.gguf"], ["--output x.gguf", "ends in .pth"], 2),
         (["--format", "gguf", "--dtype", "float16", "--output", "x.gguf"], ["--dtype"], 2),
         (["--format", "llama", "--quantization", "f16", "--output", "x"], ["--quantization"], 2),
         (["--format", "pth", "--license", "mit", "--output", "x.pth"], ["--license"], 2),
         (["--format", "gguf", "--scores", "s.json", "--output", "x.gguf"], ["--scores", "--push_to_hub"], 2),
+        (["--format", "pth", "--output", "x.resume.pth"], ["x.resume.pth"], 2),
+        (["--private"], ["--private", "--push_to_hub"], 2),
+        (["--push_to_hub", "a b/c"], ["--push_to_hub a b/c"], 2),
+        (["--output", "."], ["is there already"], 1),
+        (["--format", "gguf", "--output", "."], ["ends in .gguf"], 2),
+        (["--output", "/"], ["is there already"], 1),
         (["--format", "onnx"], ["--format", "onnx"], 2),
     ],
 )
@@ -192,6 +223,49 @@ def test_damaged_and_foreign_sources(run, tmp_path, dense, small_tokenizer_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_that_could_be_resumed_is_not_replaced(run, tmp_path, dense):
+    (tmp_path / "x.resume.pth").write_bytes(b"mine")
+    words = ("--checkpoint", dense, "--format", "pth", "--force", "--output", "x.pth")
+    failed(run(*words), "x.resume.pth is there", "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.resume.pth"]
+
+
+def test_a_damaged_description_costs_the_card_its_lines_only(run, tmp_path, dense):
+    torch.save(torch.load(dense, weights_only=True), tmp_path / "odd.pth")
+    record = json.loads(dense.with_suffix(".json").read_text())
+    record.pop("weights_sha256")
+    for fields in (
+        dict(step="abc", parent="x"),
+        dict(tokens_seen=[1], parent={"x": 1}),
+        dict(validation_loss="x", stage=None),
+    ):
+        (tmp_path / "odd.json").write_text(json.dumps({**record, **fields}))
+        assert run("--checkpoint", "odd.pth", "--output", "card", "--force")[0] == 0
+
+
+def test_a_tokenizer_without_a_chat_template_gets_the_one_that_was_used(run, tmp_path, dense, tokenizer):
+    bare = shutil.copytree(tokenizer.name_or_path, tmp_path / "bare")
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    words = ("--checkpoint", dense, "--tokenizer_path", bare)
+    assert run(*words, "--format", "llama", "--output", "there")[0] == 0
+    assert (tmp_path / "there/chat_template.jinja").read_text("utf-8") == tokenizer.chat_template
+    assert tokenizer.chat_template in (tmp_path / "there/README.md").read_text("utf-8")
+    assert AutoTokenizer.from_pretrained(tmp_path / "there").chat_template == tokenizer.chat_template
+    assert run(*words, "--format", "gguf", "--output", "x.gguf")[0] == 0
+    assert GGUFReader(tmp_path / "x.gguf").fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+
+
+def test_a_template_that_is_no_frame_leaves_no_half_export(run, tmp_path, dense, tokenizer):
+    odd = shutil.copytree(tokenizer.name_or_path, tmp_path / "odd")
+    config = json.loads((odd / "tokenizer_config.json").read_text())
+    (odd / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{{ messages[0]['content'] }}"}))
+    words = ("--tokenizer_path", odd, "--format", "gguf", "--output", "made/x.gguf")
+    failed(run("--checkpoint", dense, *words), "odd: its chat template")
+    assert not (tmp_path / "made").exists() or not list((tmp_path / "made").iterdir())
+
+
 @pytest.mark.parametrize("kind, output", [("minimind", "x"), ("gguf", "x.gguf")])
 def test_a_full_disk_leaves_nothing(tmp_path, dense, kind, output):
     def small_files():
@@ -200,7 +274,6 @@ def test_a_full_disk_leaves_nothing(tmp_path, dense, kind, output):
     words = ["--checkpoint", dense, "--format", kind, "--output", tmp_path / "made" / output]
     words += ["--quantization", "f32"] if kind == "gguf" else []
     process = run_script("export_model.py", *words, preexec_fn=small_files)
-    assert_one_line_error(
-        process, "File too large" if kind == "minimind" else "x.gguf: could not be written completely"
-    )
+    problem = "x: File too large" if kind == "minimind" else "x.gguf: could not be written completely"
+    assert_one_line_error(process, problem)
     assert not (tmp_path / "made").exists() or not list((tmp_path / "made").iterdir())

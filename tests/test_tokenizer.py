@@ -370,9 +370,11 @@ def test_a_template_of_plain_turns_is_followed_and_any_other_refused(v1_folder, 
         ids, _ = render_conversation(other, TALK, add_generation_prompt=True)
         assert other.decode(ids) == expected
     default_system = "{% if messages[0]['role'] != 'system' %}{{ 'You help.' }}{% endif %}" + CHATML
+    trims = CHATML.replace("message['content']", "message['content'] | trim")
+    late = CHATML.replace("message['role'] +", "('x' if loop.index > 5 else '') + message['role'] +")
     no_end = CHATML.replace("message['content'] + '</s>'", "message['content']")
     for number, template in enumerate(
-        (no_end, default_system, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}")
+        (no_end, trims, late, default_system, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}")
     ):
         tokenizer.chat_template = template
         copy = shutil.copytree(v1_folder, tmp_path / f"bad{number}")

@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 from model.convert import CLASSES, stock_type
 from model.errors import UserError
+from model.tokenizer import chat_template
 
-SCORES = ("accuracy", "correct", "questions", "interval_95", "verdict")
+# What a card takes from eval_ceval.py's summary.json, and of which type it is.
+SCORES = dict(
+    benchmark=str, checkpoint_sha256=str, accuracy=float, correct=int, questions=int, interval_95=list, verdict=str,
+    prompt_format=str, few_shot=int, not_fitting=int,
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -27,15 +33,18 @@ def read_scores(path):
     try:
         with open(path, encoding="utf-8") as handle:
             scores = json.load(handle)
-        if all(name in scores for name in SCORES):
+        if all(isinstance(scores[name], kind) for name, kind in SCORES.items()) and len(scores["interval_95"]) == 2:
             return scores
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError):
         pass
     raise UserError(f"{path}: not the summary.json that eval_ceval.py writes")
 
 
 def model_card(card, config, tokenizer, kind):
-    """The card's text (Markdown). kind: "minimind", "llama", "granitemoe" or "gguf"."""
+    """The card's text (Markdown). kind: "minimind", "llama", "granitemoe" or "gguf". Raises UserError for scores of
+    another checkpoint."""
+    if card.scores and card.scores["checkpoint_sha256"] != card.sha256:
+        raise UserError("--scores: are of another checkpoint; run eval_ceval.py on this one")
     example = {"minimind": EXAMPLE_MINIMIND, "gguf": EXAMPLE_GGUF}.get(kind, EXAMPLE_STOCK)
     parts = [
         front_matter(card, kind),
@@ -44,7 +53,7 @@ def model_card(card, config, tokenizer, kind):
         "## Training\n\n" + table(training(card)),
         "## Scores\n\n" + (table(ceval(card.scores)) if card.scores else "Not measured; eval_ceval.py does."),
         "## How to run it\n\n" + example.replace("QUESTION", "你是谁？").replace("NAME", card.name),
-        "## Chat format\n\n" + CHAT_FORMAT + f"\n\n```jinja\n{tokenizer.chat_template or ''}\n```",
+        "## Chat format\n\n" + CHAT_FORMAT + f"\n\n```jinja\n{chat_template(tokenizer)}\n```",
         f"## Licence\n\n{card.licence} (the weights; MiniMind's code is Apache-2.0).",
     ]
     return "\n\n".join(parts) + "\n"
@@ -86,12 +95,13 @@ def configuration(config, kind):
 
 
 def training(card):
-    known = card.metadata
-    number = {name: known.get(name) for name in ("step", "tokens_seen", "validation_loss", "validation_bits_per_byte")}
-    step, tokens, loss, bits = number.values()
+    names = ("step", "tokens_seen", "validation_loss", "validation_bits_per_byte")
+    known = {name: value for name, value in card.metadata.items() if name in names and isinstance(value, (int, float))}
+    step, tokens, loss, bits = map(known.get, names)
+    parent = card.metadata.get("parent")
     return {
-        "stage": known.get("stage", "unknown"),
-        "started from": known["parent"]["file"] if known.get("parent") else None,
+        "stage": card.metadata.get("stage") or "unknown",
+        "started from": Path(str(parent["file"])).name if isinstance(parent, dict) and "file" in parent else None,
         "steps": f"{step:,}" if step else None,
         "tokens seen in this stage": f"{tokens:,}" if tokens else None,
         "held-out loss": f"{loss:.4f}" if loss else None,
@@ -103,10 +113,11 @@ def training(card):
 def ceval(scores):
     low, high = (f"{bound:.2%}" for bound in scores["interval_95"])
     return {
-        "exam": scores.get("benchmark", "ceval"),
+        "exam": f"{scores['benchmark']}, {scores['prompt_format']} prompts, up to {scores['few_shot']} examples",
         "right": f"{scores['correct']} of {scores['questions']} = {scores['accuracy']:.2%}",
         "95 % interval": f"{low} to {high}",
         "verdict": scores["verdict"],
+        "longer than the context, counted as wrong": scores["not_fitting"] or None,
     }
 
 

@@ -3,18 +3,27 @@
 llama.cpp's "llama" and "granitemoe" turn neighbouring pairs in rotary embedding, as MiniMind does: no row is moved.
 """
 
+import contextlib
 import json
 import math
-import os
 import sys
-from pathlib import Path
 
 import torch
 
 from model.convert import stock_config
 from model.errors import UserError
-from model.files import remove_abandoned, sync_directory, unfinished
+from model.files import atomic_files
+from model.tokenizer import chat_template
 
+# llama.cpp's name of a splitting -> the steps of the pre_tokenizer in tokenizer.json.
+SPLITTINGS = {
+    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}],
+    "superbpe": [
+        {"type": "Split", "pattern": {"Regex": "\\n"}, "behavior": "Isolated", "invert": False},
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 BLOCK = 32  # numbers of a row that share a scale in q8_0
 OUTER_NAMES = {"tok_embeddings.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
 LAYER_NAMES = {
@@ -35,43 +44,38 @@ LAYER_NAMES = {
 EXPERT_NAMES = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 
 
-def write_gguf(path, model, tokenizer, quantization, name, licence):
-    """Write the Transformer `model` and its tokenizer as the file `path`, complete or not at all. quantization: number
-    format of the matrices ("f32", "f16", "bf16" or "q8_0"); norms and routers stay float32. name, licence: what the file says of
-    itself.
+def write_gguf(path, model, tokenizer, quantization, name, licence, beside=None):
+    """Write the Transformer `model` and its tokenizer as the file `path`, and the texts `beside`, {path: text}: all of them
+    or none. quantization: number format of the matrices ("f32", "f16", "bf16" or "q8_0"); norms and routers stay float32.
+    name, licence: what the file says of itself.
 
     Raises UserError for a router or a tokenizer that llama.cpp does not have, OSError for a full disk.
     """
     import gguf
 
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path.parent, f"{path.name}.tmp-*")
-    temporary = unfinished(path)
-    writer = gguf.GGUFWriter(temporary, "granitemoe" if model.config.use_moe else "llama")
-    try:
-        writer.add_name(name)
-        writer.add_license(licence)
-        add_config(writer, model.config)
-        add_tokenizer(writer, tokenizer)
-        for tensor_name, tensor in gguf_weights(model.state_dict(), model.config).items():
-            kind = tensor_type(tensor_name, tensor, quantization)
-            writer.add_tensor(tensor_name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-        writer.add_file_type(gguf.LlamaFileType[file_type(quantization)])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=sys.stderr.isatty())
-        writer.flush()
-        for handle in writer.fout:
-            os.fsync(handle.fileno())
-        writer.close()
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is None:  # numpy's, which does not say why
-            raise UserError(f"{path}: could not be written completely; is the disk full?") from None
-        raise
-    sync_directory(path.parent)
+    with atomic_files() as create:
+        for text_path, text in (beside or {}).items():
+            create(text_path, "w", encoding="utf-8").write(text)
+        writer = gguf.GGUFWriter(create(path).name, "granitemoe" if model.config.use_moe else "llama")
+        try:
+            writer.add_name(name)
+            writer.add_license(licence)
+            add_config(writer, model.config)
+            add_tokenizer(writer, tokenizer)
+            for tensor_name, tensor in gguf_weights(model.state_dict(), model.config).items():
+                kind = tensor_type(tensor_name, tensor, quantization)
+                writer.add_tensor(tensor_name, gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+            writer.add_file_type(gguf.LlamaFileType[file_type(quantization)])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=sys.stderr.isatty())
+        except OSError as error:
+            if error.errno is None:  # numpy's, which does not say why
+                raise UserError(f"{path}: could not be written completely; is the disk full?") from None
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # a full disk again, while buffers are flushed
+                writer.close()
 
 
 def file_type(quantization):
@@ -153,7 +157,7 @@ def add_tokenizer(writer, tokenizer):
 
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     split = splitting_name(definition)
-    if definition["model"]["type"] != "BPE" or split is None:
+    if split is None:
         problem = "this tokenizer splits text in a way for which llama.cpp has no name"
         raise UserError(f"--format gguf: {problem}; the formats llama and minimind carry it along")
     vocabulary = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
@@ -175,8 +179,7 @@ def add_tokenizer(writer, tokenizer):
             add(token_id)
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(chat_template(tokenizer))
 
 
 def splitting_name(definition):
@@ -185,16 +188,12 @@ def splitting_name(definition):
     "superbpe" cuts out runs of digits and nothing else. So do the tokenizers made here, which besides cut between the
     digits and around line breaks: places that no merge of theirs crosses, so that the tokens are the same.
     """
-    splitter = definition["pre_tokenizer"] or {}
-    parts = splitter.get("pretokenizers", [splitter])
-    found = [(part.get("type"), part.get("use_regex")) for part in parts]
-    if definition["normalizer"] or found[-1][0] != "ByteLevel" or parts[-1].get("add_prefix_space"):
+    model, splitter = definition["model"], definition["pre_tokenizer"] or {}
+    special = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    if definition["normalizer"] or model["type"] != "BPE" or any(model.get(name) for name in special):
         return None
-    if found == [("ByteLevel", True)]:
-        return "gpt-2"
-    own = [("Split", None), ("Digits", None), ("ByteLevel", False)]
-    return (
-        "superbpe"
-        if found == own and parts[0]["pattern"] == {"Regex": "\\n"} and parts[1]["individual_digits"]
-        else None
-    )
+    parts = [
+        {name: value for name, value in part.items() if name != "trim_offsets"}  # decides no token
+        for part in splitter.get("pretokenizers", [splitter])
+    ]
+    return next((name for name, known in SPLITTINGS.items() if parts == known), None)

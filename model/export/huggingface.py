@@ -12,6 +12,7 @@ from model.device import DTYPES
 from model.errors import UserError
 from model.export.card import model_card
 from model.files import atomic_folder
+from model.tokenizer import chat_template
 
 CODE = ("LMConfig.py", "model.py")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -50,6 +51,8 @@ def write_folder(path, model, tokenizer, kind, dtype, card):
         for source in sources:
             if source.exists():
                 shutil.copyfile(source, folder / source.name)
+        if not tokenizer.chat_template:  # ours is what this project used; other programs must not guess
+            (folder / "chat_template.jinja").write_text(chat_template(tokenizer), "utf-8")
         (folder / "README.md").write_text(model_card(card, config, tokenizer, kind), "utf-8")
 
 

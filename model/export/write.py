@@ -2,39 +2,54 @@
 
 from pathlib import Path
 
-from model.checkpoint import file_sha256, save_checkpoint, weights_file
+from model.checkpoint import file_sha256, resume_path, save_checkpoint, weights_file
 from model.device import DTYPES
 from model.errors import UserError
 from model.export.gguf import write_gguf
 from model.export.huggingface import FILES, write_folder
-from model.files import atomic_write, refuse_existing, refuse_foreign
+from model.files import refuse_existing, refuse_foreign
 from model.tokenizer import tokenizer_hash, turn_frames
 
 SUFFIXES = {"gguf": ".gguf", "pth": ".pth"}  # of the formats that are files; the others are folders
 
 
-def default_output(format, path):
-    """out/export/<checkpoint>_<format>, with the suffix that the format has."""
-    return Path("out/export", f"{Path(path).stem}_{format}{SUFFIXES.get(format, '')}")
+def default_output(settings, path):
+    """out/export/<checkpoint>_<format>, with the suffix that the format has; a gguf in a folder of its own."""
+    name = f"{Path(path).stem}_{settings.format}"
+    if settings.format == "gguf":
+        return Path("out/export", name, f"{Path(path).stem}_{settings.quantization or 'q8_0'}.gguf")
+    return Path("out/export", name + SUFFIXES.get(settings.format, ""))
+
+
+def modelfile_path(output):
+    """Where the Ollama Modelfile of the GGUF `output` goes: "Modelfile", or <name>.Modelfile where another GGUF has that."""
+    path, others = output.with_name("Modelfile"), output.with_suffix(".Modelfile")
+    if not path.exists():
+        return path
+    own = path.is_file() and path.read_bytes().startswith(f"FROM ./{output.name}\n".encode())
+    return path if own else others
 
 
 def files_of(format, output):
     """The files that a format writes to `output`, or its one folder."""
-    output = Path(output)
-    beside = {"gguf": [output.with_name("Modelfile")], "pth": [output.with_suffix(".json")]}
-    return [output, *beside.get(format, [])]
+    if format == "gguf":
+        return [output, modelfile_path(output)]
+    return [output, output.with_suffix(".json")] if format == "pth" else [output]
 
 
 def check_output(settings, output):
     """Raise UserError for a name that does not fit the format, and for what would be replaced without settings.force."""
     suffix = SUFFIXES.get(settings.format)
-    if suffix and Path(output).suffix != suffix:
-        raise UserError(f"--output {output}: a {settings.format} is a file, its name must end in {suffix}", exit_code=2)
+    if suffix and (output.suffix != suffix or output.suffixes[-2:] == [".resume", ".pth"]):
+        raise UserError(f"--output {output}: a {settings.format} is a file whose name ends in {suffix}", exit_code=2)
     refuse_existing(files_of(settings.format, output), settings.force, "--force")
     if suffix is None:
         refuse_foreign(output, FILES)
-    elif Path(output).is_dir():
+    elif output.is_dir():
         raise UserError(f"--output {output}: is a folder; choose another name")
+    elif settings.format == "pth" and resume_path(output).exists():
+        reason = f"{resume_path(output).name} is there, and --resume would put its weights in the place of these"
+        raise UserError(f"--output {output}: {reason}; choose another name")
 
 
 def write_export(settings, output, model, tokenizer, path, card):
@@ -42,11 +57,10 @@ def write_export(settings, output, model, tokenizer, path, card):
 
     Raises UserError as write_folder and write_gguf do, and OSError for a full disk; then nothing is left.
     """
+    written = files_of(settings.format, output)
     if settings.format == "gguf":
-        quantization = settings.quantization or "q8_0"
-        write_gguf(output, model, tokenizer, quantization, card.name, card.licence)
-        with atomic_write(output.with_name("Modelfile")) as handle:
-            handle.write(modelfile(output.name, tokenizer, model.config).encode())
+        beside = {written[1]: modelfile(output.name, tokenizer, model.config)}
+        write_gguf(output, model, tokenizer, settings.quantization or "q8_0", card.name, card.licence, beside)
     elif settings.format == "pth":
         weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one tensor in the file too
@@ -56,7 +70,7 @@ def write_export(settings, output, model, tokenizer, path, card):
         save_checkpoint(output, model, known, weights=weights)
     else:
         write_folder(output, model, tokenizer, settings.format, settings.dtype or "float32", card)
-    return files_of(settings.format, output)
+    return written
 
 
 def modelfile(name, tokenizer, config):

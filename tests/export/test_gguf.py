@@ -9,14 +9,15 @@ import gguf
 import pytest
 import torch
 import xllamacpp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from conftest import trained_scale
+from conftest import ROOT, trained_scale
 from model.errors import UserError
-from model.export.gguf import write_gguf
+from model.export.gguf import splitting_name, write_gguf
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
 from model.settings import SamplingParameters
-from model.tokenizer import encode_text, render_conversation
+from model.tokenizer import encode_text, load_tokenizer, render_conversation, save_tokenizer
 
 BASE = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=256, vocab_size=6400)
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -118,13 +119,13 @@ def strings():
     pieces += ["\n", "\n\n", " ", "   ", "\t", "\r\n", "\n \n", "0", "007", "的", "了"]
     fixed = ["", " ", "\n", *pieces]
     made = ["".join(chance.choices(pieces, k=chance.randint(1, 12))) for _ in range(700)]
+    ranges = ((32, 592), (32, 0x3000), (0x4E00, 0x9FFF), (0xAC00, 0xD7A4), (0xE000, 0x10000), (0x1F300, 0x1FAFF))
     wild = [
         "".join(
-            chr(chance.choice((chance.randrange(32, 0xD800), chance.randrange(0xE000, 0x110000)))) for _ in range(20)
+            chr(chance.randrange(*chance.choice((*ranges, (0x10000, 0x110000))))) for _ in range(chance.randint(1, 30))
         )
+        for _ in range(1000 - len(fixed) - len(made))
     ]
-    for _ in range(1000 - len(fixed) - len(made) - len(wild)):
-        wild.append("".join(chr(chance.randrange(32, 0x3000)) for _ in range(chance.randint(1, 30))))
     return [*fixed, *made, *wild]
 
 
@@ -133,6 +134,67 @@ def test_text_is_split_as_our_tokenizer_splits_it(llama, tokenizer):
     assert len(texts) == 1000
     for text in texts:
         assert llama.tokens(text) == encode_text(tokenizer, text), repr(text)
+
+
+def test_real_text_is_split_as_our_tokenizer_splits_it(llama, tokenizer):
+    for path in sorted((ROOT / "dataset/demo_world").iterdir()) + [ROOT / "README.md", ROOT / "model/model.py"]:
+        text = path.read_text("utf-8")
+        assert llama.tokens(text) == encode_text(tokenizer, text), path.name
+
+
+V1_SPLITTING = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def test_v1s_tokenizer_splits_as_gpt_2s(tmp_path):
+    """The original's tokenizer has GPT-2's splitting, and its own chat template."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    texts = [path.read_text("utf-8") for path in sorted((ROOT / "dataset/demo_world").iterdir())]
+    backend.train_from_iterator([*texts, (ROOT / "README_en.md").read_text("utf-8")], trainer)
+    save_tokenizer(backend, tmp_path / "v1")
+    tokenizer = load_tokenizer(tmp_path / "v1")
+    _, llama = exported(tmp_path, tokenizer, vocab_size=len(tokenizer))
+    for text in [*strings()[::3], *texts]:
+        assert llama.tokens(text) == encode_text(tokenizer, text), repr(text)
+
+
+@pytest.mark.parametrize(
+    "model, splitter, name",
+    [
+        ({}, V1_SPLITTING, "gpt-2"),
+        ({"ignore_merges": True}, V1_SPLITTING, None),
+        ({"byte_fallback": True}, V1_SPLITTING, None),
+        ({"end_of_word_suffix": "</w>"}, V1_SPLITTING, None),
+        ({"continuing_subword_prefix": "##"}, V1_SPLITTING, None),
+        ({"dropout": 0.1}, V1_SPLITTING, None),
+        ({"type": "WordPiece"}, V1_SPLITTING, None),
+        ({}, {**V1_SPLITTING, "add_prefix_space": True}, None),
+        ({}, {**V1_SPLITTING, "use_regex": False}, None),
+        ({}, None, None),
+    ],
+)
+def test_only_what_llama_cpp_has_gets_a_name(model, splitter, name):
+    bare = {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "byte_fallback": False,
+    }
+    assert splitting_name({"normalizer": None, "model": {**bare, **model}, "pre_tokenizer": splitter}) == name
+
+
+@pytest.mark.parametrize("change", [{"behavior": "Removed"}, {"invert": True}, {"pattern": {"String": " "}}])
+def test_another_split_than_ours_has_no_name(tokenizer, change):
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert splitting_name(definition) == "superbpe"
+    definition["pre_tokenizer"]["pretokenizers"][0].update(change)
+    assert splitting_name(definition) is None
 
 
 def test_no_merge_crosses_a_place_where_only_our_tokenizer_cuts(tokenizer):
@@ -172,7 +234,7 @@ def test_the_file_names_itself_and_its_tokenizer(tmp_path, tokenizer):
 def test_what_llama_cpp_lacks_is_refused_and_nothing_left(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "x.gguf"
     for fields, reason in (
-        (dict(use_moe=True, norm_topk_prob=False), "Granite always renormalises"),
+        (dict(use_moe=True, norm_topk_prob=False), "Granite renormalises"),
         (dict(rope_scaling={**YARN, "beta_fast": 20}), "beta_fast 32 and beta_slow 1 only"),
     ):
         with pytest.raises(UserError, match=f"--format gguf: .*{reason}"):

@@ -109,10 +109,19 @@ def push(hub, tmp_path, checkpoint, *words, repository="me/tiny", **environment)
     return run_script("export_model.py", *words, env={**os.environ, **settings, **environment})
 
 
+def is_private(hub):
+    """As huggingface_hub says it since 2.0, or did before."""
+    return hub.created.get("visibility") == "private" or hub.created.get("private") is True
+
+
 def test_a_folder_is_uploaded_whole(hub, tmp_path, checkpoint):
     process = push(hub, tmp_path, checkpoint, "--output", tmp_path / "tiny")
     assert process.returncode == 0, process.stderr
-    assert hub.created["name"] == "tiny" and hub.created.get("organization", "me") == "me"
+    assert (
+        hub.created["name"] == "tiny"
+        and not hub.created.get("private")
+        and hub.created.get("organization", "me") == "me"
+    )
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
     assert hub.files["model.py"] == (ROOT / "model/model.py").read_bytes()
     assert hub.tokens == {"Bearer hf_secret"} and f"{hub.address}/me/tiny" in process.stdout
@@ -120,10 +129,10 @@ def test_a_folder_is_uploaded_whole(hub, tmp_path, checkpoint):
 
 
 def test_a_gguf_goes_with_a_model_card(hub, tmp_path, checkpoint):
-    words = ["--format", "gguf", "--output", tmp_path / "chat.gguf", "--license", "cc-by-4.0"]
+    words = ["--format", "gguf", "--output", tmp_path / "chat.gguf", "--license", "cc-by-4.0", "--private"]
     process = push(hub, tmp_path, checkpoint, *words)
     assert process.returncode == 0, process.stderr
-    assert set(hub.files) == {"chat.gguf", "Modelfile", "README.md"}
+    assert set(hub.files) == {"chat.gguf", "Modelfile", "README.md"} and is_private(hub)
     assert hub.files["chat.gguf"] == (tmp_path / "chat.gguf").read_bytes()
     assert b"license: cc-by-4.0" in hub.files["README.md"] and not (tmp_path / "README.md").exists()
 
@@ -143,3 +152,4 @@ def test_an_address_nobody_answers_and_a_name_that_is_none(hub, tmp_path, checkp
     words = ["--output", tmp_path / "other"]
     process = push(hub, tmp_path, checkpoint, *words, repository="a/b/c")
     assert_one_line_error(process, "--push_to_hub a/b/c", code=2)
+    assert not (tmp_path / "other").exists()

@@ -63,6 +63,17 @@ def test_another_tokenizer_is_refused(out_dir, tokenizer):
         opened(out_dir, tokenizer)
 
 
+def test_stretching_a_stretched_model_counts_from_the_trained_length(out_dir, small_tokenizer):
+    for kind, more in (("linear", {}), ("yarn", {}), ("yarn", {"original_max_position_embeddings": 32})):
+        scaling = {"rope_type": kind, "factor": 2.0, **more}
+        model, _ = load_model(out_dir / "pretrain_32.pth", max_seq_len=64, rope_scaling=scaling)
+        save_checkpoint(out_dir / "long.pth", model, {})
+        engine, _ = opened(
+            out_dir, small_tokenizer, checkpoint=out_dir / "long.pth", max_seq_len=256, rope_scaling="linear"
+        )
+        assert engine.model.config.rope_scaling == {"rope_type": "linear", "factor": 8.0}
+
+
 def test_a_hugging_face_folder_brings_its_tokenizer_along(out_dir, small_tokenizer, tokenizer):
     model, _ = load_model(out_dir / "pretrain_32.pth")
     write_folder(out_dir / "hub", model, small_tokenizer, "llama", "float32", Card("x", {}, "", "mit"))
