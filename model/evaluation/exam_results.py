@@ -98,11 +98,12 @@ def summary_lines(summary):
         fewer = f"{summary['with_fewer_examples']} questions had fewer than {summary['few_shot']}"
         lines.append(f"examples shown: {summary['mean_examples']:.2f} in the mean; {fewer}")
     if summary["not_fitting"]:
-        lines.append(f"not asked, longer than the context, counted as wrong: {summary['not_fitting']}")
+        of_asked = f"{summary['correct'] / summary['asked']:.2%} of the {summary['asked']} asked are right"
+        lines.append(f"not asked, longer than the context, counted as wrong: {summary['not_fitting']}; {of_asked}")
     asked = of_the_asked(summary)
     return [
         *lines,
-        f"95 % interval{asked} {low:.2%} to {high:.2%}, guessing {summary['chance']:.2%}, always answering "
+        f"95 % interval{asked}: {low:.2%} to {high:.2%}, guessing {summary['chance']:.2%}, always answering "
         f"{summary['commonest_letter']} {summary['commonest_letter_accuracy']:.2%}",
         f"verdict{asked}: {summary['verdict']}",
     ]
@@ -121,8 +122,8 @@ def print_result(summary, table):
 
 @contextlib.contextmanager
 def results_folder(directory, data_dir):
-    """A context in which the folder `directory`, a Path, is there and can be written to. On an error it goes again if it
-    was not there before. Raises UserError when it is a file or lies in the exam's folder, OSError when it cannot be."""
+    """A context that gives the folder `directory` as a Path, which is there and can be written to. On an error it goes
+    again if it was not there before. Raises UserError when it cannot be, is a file, or lies in the exam's `data_dir`."""
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--results_dir {directory}: is not a folder", exit_code=2)
@@ -131,9 +132,11 @@ def results_folder(directory, data_dir):
         raise UserError(f"--results_dir {directory}: {reason}; choose another", exit_code=2)
     made = [folder for folder in (directory, *directory.parents) if not folder.exists()]  # the innermost first
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise UserError(f"--results_dir {directory}: cannot be written to ({error.strerror})") from None
         yield directory
     except BaseException:
         with contextlib.suppress(OSError):  # not empty: somebody else's by now

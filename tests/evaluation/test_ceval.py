@@ -485,8 +485,8 @@ def test_what_was_not_asked_is_wrong_but_no_evidence(tmp_path, capsys):
     for text in (capsys.readouterr().out, (tmp_path / "summary.md").read_text("utf-8")):
         assert "总题数: 400  总正确数: 30  总正确率: 7.50%\n" in text
         assert "examples shown: 1.20 in the mean; 40 questions had fewer than 2\n" in text
-        assert "not asked, longer than the context, counted as wrong: 300\n" in text
-        assert "95 % interval of the 100 asked 21.89% to 39.58%, guessing" in text
+        assert "not asked, longer than the context, counted as wrong: 300; 30.00% of the 100 asked are right\n" in text
+        assert "95 % interval of the 100 asked: 21.89% to 39.58%, guessing" in text
         assert "verdict of the 100 asked: not distinguishable from guessing\n" in text
 
 
@@ -548,7 +548,8 @@ def test_the_folder_of_results_is_tried_before_and_goes_after_a_failure(tmp_path
         raise PermissionError(13, "Permission denied", str(dir))
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(PermissionError), results_folder(tmp_path / "c", exam):
+    message = r"--results_dir .*c: cannot be written to \(Permission denied\)"
+    with pytest.raises(UserError, match=message), results_folder(tmp_path / "c", exam):
         raise AssertionError("never entered")
     assert not (tmp_path / "c").exists()
 
