@@ -122,8 +122,8 @@ def print_result(summary, table):
 
 @contextlib.contextmanager
 def results_folder(directory, data_dir):
-    """A context that gives the folder `directory` as a Path, which is there and can be written to. On an error it goes
-    again if it was not there before. Raises UserError when it cannot be, is a file, or lies in the exam's `data_dir`."""
+    """A context that gives the folder `directory` as a Path, there and open to writing. On an error it goes again
+    if it was not there before. Raises UserError when it cannot be, is a file, or lies in the exam's `data_dir`."""
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--results_dir {directory}: is not a folder", exit_code=2)

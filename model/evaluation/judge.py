@@ -112,7 +112,7 @@ def check_url(url):
 
 
 def text_of(content):
-    """The text of a message's content: text, None, or a list of text parts. Raises TypeError or LookupError for others."""
+    """The text of a message's content: text, None, or a list of text parts. Others: TypeError or LookupError."""
     parts = content if isinstance(content, list) else [{"text": "" if content is None else content}]
     return "".join(part["text"] for part in parts)
 
