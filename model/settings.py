@@ -192,6 +192,33 @@ class ExportSettings(Checked):
 
 
 @dataclasses.dataclass
+class ExamSettings(Checked):
+    """Which exam of four options, how its questions are asked, and where the results go."""
+
+    benchmark: str = flag("ceval", "default: {default}", choices=("ceval", "cmmlu"))
+    data_dir: str = flag(None, "folder of the exam (default: ceval/ceval-exam, or cmmlu)", str)
+    subjects: str = flag(None, "only these, separated by commas (default: all that are there)", str)
+    few_shot: int = flag(
+        0,
+        "solved examples from dev/ before each question, fewer where the context is full (default: {default})",
+        least=0,
+        metavar="K",
+    )
+    prompt_format: str = flag(
+        "auto",
+        "chat: a conversation; plain: a text to go on from; auto: by the checkpoint's stage, chat if unknown",
+        choices=("auto", "chat", "plain"),
+    )
+    shuffle_options: int = flag(
+        None, "ask with the four options in another order, which SEED decides", int, least=0, metavar="SEED"
+    )
+    results_dir: str = flag(
+        "out/ceval",
+        "a CSV per subject and summary.csv, .json, .md, .png; an earlier exam's are replaced (default: {default})",
+    )
+
+
+@dataclasses.dataclass
 class MachineSettings(CheckpointSettings):
     """Which trained model runs where."""
 

@@ -1,6 +1,7 @@
 """eval_ceval.py as a user runs it, and the documented way into lm-evaluation-harness."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -89,7 +90,11 @@ def test_the_whole_exam(run, exam, out_dir):
     assert result["interval_95"][0] < right / 20 < result["interval_95"][1]
     assert result["verdict"] == "not distinguishable from guessing" and result["questions_per_second"] > 0
     assert (result["commonest_letter"], result["commonest_letter_accuracy"]) == ("B", 0.7)
-    assert [*result["by_category"]] == ["humanities", "other"] and result["benchmark"] == "C-Eval"
+    assert [*result["by_category"]] == ["humanities", "other"] and result["benchmark"] == "C-Eval, 2 of 52 subjects"
+    assert (result["subjects"], result["subjects_of_benchmark"], result["not_fitting"]) == (2, 52, 0)
+    assert (result["prompt_format"], result["few_shot"], result["shuffle_options"]) == ("chat", 0, None)
+    weights = (out_dir / "multi_chat/full_sft_32.pth").read_bytes()
+    assert result["checkpoint_sha256"] == hashlib.sha256(weights).hexdigest()
     assert {**result["by_category"]["other"]}.keys() == {"correct", "questions", "accuracy"}
     assert result["checkpoint"] == str(out_dir / "multi_chat/full_sft_32.pth")
     for line in (
@@ -121,8 +126,32 @@ def test_the_flags_reach_the_prompts(run, exam, out_dir):
     shuffled = prompts("--shuffle_options", "1")
     assert shuffled == prompts("--shuffle_options", "1") != prompts("--shuffle_options", "2") and shuffled != chat
     assert prompts("--shuffle_options", "0") != chat
-    (exam / "r/physician.csv").unlink()
+    assert (exam / "r/physician.csv").exists()
     assert prompts("--subjects", "logic") == chat and not (exam / "r/physician.csv").exists()
+    assert (exam / "r/summary.md").read_text("utf-8").startswith("# C-Eval, 1 of 52 subjects: ")
+
+
+def test_examples_that_were_not_shown_are_not_claimed(run, exam):
+    """In 100 tokens every question fits with one example, none with two."""
+    code, out, err = run("--few_shot", "2", "--max_seq_len", "100", "--json")
+    assert code == 0, err
+    result = json.loads(out.splitlines()[-1])
+    rows = [row for name in ("logic", "physician") for row in rows_of(exam / f"out/ceval/{name}.csv")]
+    shown = [row["prompt"].count("<s>user") - 1 for row in rows]
+    assert shown == [int(row["examples"]) for row in rows] and {*shown} == {1}
+    assert result["mean_examples"] == 1 and result["with_fewer_examples"] == 20
+    assert "up to 2 examples" in out.splitlines()[0]
+    assert "examples shown: 1.00 in the mean; 20 questions had fewer than 2\n" in out
+
+
+def test_questions_that_were_not_asked_do_not_decide(run, exam):
+    path = exam / "ceval/ceval-exam/val/logic_val.csv"
+    path.write_text(path.read_text("utf-8").replace("问题9？", "长" * 300), encoding="utf-8")
+    code, out, err = run("--json")
+    assert code == 0 and "1 questions did not fit the context of 256 tokens, counted as wrong: " in err
+    result = json.loads(out.splitlines()[-1])
+    assert (result["questions"], result["asked"], result["not_fitting"]) == (20, 19, 1)
+    assert "counted as wrong: 1; " in out and "interval of the 19 asked" in out and "verdict of the 19 asked: " in out
 
 
 def test_float32_is_the_default(run, exam):
@@ -140,6 +169,7 @@ def test_an_exam_of_one_s_own_and_cmmlu_s_layout(run, tmp_path):
     code, out, err = run("--data_dir", "own", "--json")
     assert code == 0 and err.count("note") == 0 and "zoo" in out, err
     assert json.loads(out.splitlines()[-1])["benchmark"] == "own" and out.startswith("own, ")
+    assert json.loads(out.splitlines()[-1])["subjects_of_benchmark"] is None
     assert "下面是zoo考试" in rows_of(tmp_path / "out/ceval/zoo.csv")[0]["prompt"]
     (tmp_path / "cmmlu/test").mkdir(parents=True)
     text = ",Question,A,B,C,D,Answer\n0,谁会飞？,鱼,鸟,牛,马,B\n"
@@ -158,6 +188,7 @@ def test_bits_per_byte_with_and_without_an_exam(run, tmp_path):
     assert not (tmp_path / "out").exists()
     failed(run("--bpb", "a.txt", "--data_dir", "none"), "none/val: no such folder")
     failed(run("--bpb", "b.txt"), "b.txt: no such file")
+    failed(run("--bpb", "a.txt", "--max_seq_len", "1"), "at least 2 tokens", code=2)
 
 
 def test_an_exam_beside_bits_per_byte(run, exam):
@@ -170,7 +201,16 @@ def test_an_exam_beside_bits_per_byte(run, exam):
 def test_bad_input_gets_one_line_and_leaves_nothing(run, exam, out_dir):
     val = exam / "ceval/ceval-exam/val"
     failed(run("--data_dir", "none"), "none/val: no such folder", "ceval-exam.zip", "--data_dir")
-    failed(run("--subjects", "nonsense"), "--subjects nonsense", "has logic, physician", code=2)
+    failed(run("--subjects", "nonsense"), "--subjects 'nonsense'", "has logic, physician", code=2)
+    failed(run("--subjects", ""), "--subjects ''", "has logic, physician", code=2)
+    failed(run("--bpb", "none.txt", "--data_dir", "ceval/ceval-exam"), "none.txt: no such file")
+    failed(run("--results_dir", "ceval/ceval-exam/val"), "--results_dir ceval/ceval-exam/val", "choose another", code=2)
+    (exam / "file").write_text("")
+    failed(
+        run("--results_dir", "file/r", "--checkpoint", "none.pth"),
+        "--results_dir file/r: cannot be written to (Not a directory)",
+    )
+    failed(run("--max_seq_len", "16"), "no question fits the model's context of 16 tokens")
     failed(run("--few_shot", "3"), "logic_dev.csv: has 2 examples, fewer than --few_shot 3")
     (exam / "ceval/ceval-exam/dev/physician_dev.csv").unlink()
     failed(run("--few_shot", "1"), "physician_dev.csv: no such file")

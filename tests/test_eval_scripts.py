@@ -400,7 +400,7 @@ def test_flags_of_the_report_that_do_not_go_together(run, tmp_path, out_dir):
         ((*report, "--interactive"), "--report does not go with --interactive"),
         ((*report, "--json"), "--report does not go with --json"),
         ((*report, "--judge_model", "m"), "--judge URL"),
-        ((*report, "--judge", "x", "--judge_model", "m"), "--judge x: expected a URL"),
+        ((*report, "--judge", "x", "--judge_model", "m"), "--judge 'x': expected a URL"),
         (("--report", tmp_path / "r.txt"), "r.txt", ".md or .html"),
     ):
         failed(run("2-eval.py", *words), *parts, code=2)

@@ -40,7 +40,7 @@ def windows(ids, context):
     first window, has at least half a context before it.
     """
     counted = 1
-    for start in range(0, len(ids), max(1, context // 2)):
+    for start in range(0, len(ids), context // 2):
         window = ids[start : start + context]
         if start + len(window) > counted:
             yield window, start + len(window) - counted
@@ -53,8 +53,11 @@ def measure_bits_per_byte(model, tokenizer, texts):
     the tokens before it, divided by the bytes of all texts in UTF-8.
 
     As in training a document begins with <s>, from which its first token is predicted. Where it is longer than the
-    model's context, see windows(). Raises UserError when there is no text, and when the loss is not finite.
+    model's context, see windows(). Raises UserError when there is no text, for a context in which no token has another
+    before it, and when the loss is not finite.
     """
+    if model.config.max_seq_len < 2:
+        raise UserError("--bpb: needs a context of at least 2 tokens; give a larger --max_seq_len", exit_code=2)
     install(model.eval())
     documents, nats, size, tokens = iter(texts), 0.0, 0, 0
     with tqdm(unit="token", unit_scale=True, desc="bits per byte", disable=None) as bar:

@@ -3,6 +3,7 @@ them, and the probability that a model gives to each of the letters A to D as th
 
 import os
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,8 +41,15 @@ class Benchmark:
         return {name: (title, kind) for kind, names in self.subjects.items() for name, title in names.items()}
 
     def name_of(self, subjects, data_dir):
-        """What an exam of these Subjects is called: the benchmark's title, or the folder of an exam of one's own."""
-        return self.title if any(subject.name in self.known for subject in subjects) else str(data_dir)
+        """What an exam of these Subjects is called: the benchmark's title, with their number where they are not exactly
+        its own, or the folder of an exam of one's own."""
+        known = sum(subject.name in self.known for subject in subjects)
+        if not known:
+            return str(data_dir)
+        if known == len(self.known) == len(subjects):
+            return self.title
+        others = f" and {len(subjects) - known} others" if known < len(subjects) else ""
+        return f"{self.title}, {known} of {len(self.known)} subjects{others}"
 
 
 BENCHMARKS = {
@@ -81,8 +89,8 @@ def read_exam(benchmark, data_dir, few_shot=0, wanted=None):
     """The Subjects of an exam that are there, those of the benchmark's table first and in its order, any others by name.
 
     few_shot: how many examples each brings along. wanted: names of subjects, None for all. Raises UserError for a
-    missing folder or subject, for fewer examples than asked for, and naming file and line for what read_questions
-    refuses.
+    missing folder or subject, for one whose results could not be told from the summary, for fewer examples than asked
+    for, and naming file and line for what read_questions refuses.
     """
     folder, ending = Path(data_dir, benchmark.questions[0]), benchmark.questions[1]
     if not folder.is_dir():
@@ -92,13 +100,15 @@ def read_exam(benchmark, data_dir, few_shot=0, wanted=None):
     order = [name for name in known if name in found] + sorted(found - known.keys())
     for name in wanted or ():
         if name not in found:
-            raise UserError(f"--subjects {name}: {folder} has {', '.join(order) or 'none'}", exit_code=2)
+            raise UserError(f"--subjects {name!r}: {folder} has {', '.join(order) or 'none'}", exit_code=2)
     if not order:
         raise UserError(f"{folder}: has no <subject>{ending}; {benchmark.source} has them")
-    if not wanted:
+    if wanted is None:
         tell_what_differs(benchmark, found)
     subjects = []
-    for name in (name for name in order if not wanted or name in wanted):
+    for name in (name for name in order if wanted is None or name in wanted):
+        if name.lower() in ("", "summary"):
+            raise UserError(f"{folder / (name + ending)}: no name for a subject, whose results are a file; rename it")
         title, category = known.get(name, (name, OTHER))
         questions = read_questions(folder / f"{name}{ending}", benchmark.columns)
         examples = Path(data_dir, benchmark.examples[0], f"{name}{benchmark.examples[1]}")
@@ -130,8 +140,9 @@ def read_examples(path, columns, count):
 def read_questions(path, columns):
     """The Questions of a CSV file with these columns (question, A, B, C, D, answer; others are ignored).
 
-    Raises UserError, naming the line, for a missing column, a fifth option, a row of another length, an answer that is
-    no letter from A to D, bytes that are not UTF-8, and for a file without questions.
+    Raises UserError, naming the line, for a column that is missing or there twice, a fifth option, a row of another
+    length, an empty question or option, an answer that is no letter from A to D, bytes that are not UTF-8, and for a
+    file without questions.
     """
     rows, header, questions = iter_csv_rows(path, RowReport()), None, []
     for place, cells, problem in rows:
@@ -143,6 +154,9 @@ def read_questions(path, columns):
             continue
         if len(cells) != len(header):
             raise UserError(f"{place}: has {len(cells)} cells but the header {len(header)}; exactly four options fit")
+        for column in columns[:-1]:
+            if not cells[header.index(column)].strip():
+                raise UserError(f"{place}: column {column!r} is empty; complete the question, or remove it")
         text, *options, answer = (cells[header.index(column)] for column in columns)
         if answer.strip() not in tuple(LETTERS):
             raise UserError(f"{place}: the answer is {answer!r}, expected one of {', '.join(LETTERS)}")
@@ -153,12 +167,16 @@ def read_questions(path, columns):
 
 
 def check_header(header, columns, place):
-    """Raise UserError unless the header names all `columns` and no fifth option."""
+    """Raise UserError unless the header names each of `columns` once and no fifth option, which is a single letter."""
     for column in columns:
-        if column not in header:
-            raise UserError(f"{place}: no column {column!r}; columns found: {', '.join(header)}")
-    if "E" in header:
-        raise UserError(f"{place}: a fifth option, column 'E'; only questions with four options can be asked")
+        if header.count(column) != 1:
+            problem = "two columns" if column in header else "no column"
+            raise UserError(f"{place}: {problem} {column!r}; columns found: {', '.join(header)}")
+    for column in header:
+        if re.fullmatch(r"\s*[E-Ze-z]\s*", column):
+            raise UserError(
+                f"{place}: a fifth option, column {column!r}; only questions with four options can be asked"
+            )
 
 
 def shuffle_options(subjects, seed):
@@ -218,17 +236,18 @@ def letter_ids(tokenizer):
 
 def take_exam(model, tokenizer, subjects, chat):
     """Ask every question; returns a dict for each, in order: subject, question, A, B, C, D, answer, prompt (exactly the
-    text that was encoded, control tokens included), llm_answer, is_right (1 or 0), p_A, p_B, p_C, p_D.
+    text that was encoded, control tokens included), llm_answer, is_right (1 or 0), p_A, p_B, p_C, p_D, examples (how
+    many solved ones the prompt shows: where the context is full fewer than the subject has).
 
     p_A is the probability that the model gives to the token "A" among all tokens, so the four rarely sum to one; the
-    largest is llm_answer. A question that is longer than the model's context counts as wrong: llm_answer is "" and its
-    p_A to p_D are None; how many is told on stderr, and how many were asked with fewer examples.
+    largest is llm_answer. A question that is longer than the model's context is not asked and counts as wrong:
+    llm_answer is "" and its p_A to p_D are None; which ones is told on stderr. Raises UserError when none fits.
     """
     from tqdm import tqdm
 
     context, letters = model.config.max_seq_len, letter_ids(tokenizer)
     install(model.eval())
-    results, too_long, shortened = [], [], 0
+    results, too_long = [], []
     with tqdm(total=sum(len(subject.questions) for subject in subjects), unit="question", disable=None) as bar:
         for subject in subjects:
             prompts = [fitting_prompt(tokenizer, subject, q, chat, context) for q in subject.questions]
@@ -239,18 +258,17 @@ def take_exam(model, tokenizer, subjects, chat):
                 for index, row in zip(alike, probabilities.tolist()):
                     answers[index] = row
             for question, (ids, count), answer in zip(subject.questions, prompts, answers):
-                results.append(result_row(tokenizer, subject, question, ids, answer))
+                results.append(result_row(tokenizer, subject, question, ids, answer, count or 0))
                 too_long += [question.place] if count is None else []
-                shortened += count is not None and count < len(subject.examples)
-    if shortened:
-        tell(f"note: {shortened} questions were asked with fewer examples: the context holds only {context} tokens")
+    if len(too_long) == len(results):
+        raise UserError(f"no question fits the model's context of {context} tokens; --max_seq_len can make it longer")
     if too_long:
         places = ", ".join(too_long[:5]) + (", ..." if len(too_long) > 5 else "")
         tell(f"{len(too_long)} questions did not fit the context of {context} tokens, counted as wrong: {places}")
     return results
 
 
-def result_row(tokenizer, subject, question, ids, probabilities):
+def result_row(tokenizer, subject, question, ids, probabilities, examples):
     """What take_exam tells about one question; probabilities: of the four letters, None when it did not fit."""
     letter = LETTERS[max(range(len(LETTERS)), key=probabilities.__getitem__)] if probabilities else ""
     return {
@@ -262,6 +280,7 @@ def result_row(tokenizer, subject, question, ids, probabilities):
         "llm_answer": letter,
         "is_right": int(letter == question.answer),
         **{f"p_{letter}": p for letter, p in zip(LETTERS, probabilities or [None] * len(LETTERS))},
+        "examples": examples,
     }
 
 

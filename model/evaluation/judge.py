@@ -33,24 +33,19 @@ class Judge:
     """The model `model` behind `url` ("http://127.0.0.1:8000/v1"; None: the first that it lists), its key from the
     environment's OPENAI_API_KEY.
 
-    Raises UserError for a URL that is none, or that carries a password or a query: both would end up in the report.
+    Raises UserError for a URL that is none, or that carries a password or a query: both would end up in the report; and
+    for a key that no HTTP header can hold.
     """
 
     def __init__(self, url, model=None, timeout=60.0):
         """timeout: seconds for one rating; one that fails for a passing reason is asked for once more."""
-        try:
-            parts = urlsplit(url)
-            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:  # a port that is no number
-            valid = False
-        if not valid:
-            raise UserError(f"--judge {url}: expected a URL such as http://127.0.0.1:8000/v1", exit_code=2)
-        if "@" in parts.netloc or parts.query:
-            raise UserError("--judge: only the address; the key comes from OPENAI_API_KEY", exit_code=2)
         import openai
 
+        check_url(url)
         self.url, self.model, self.timeout = url, model, timeout
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # a server on this machine wants none
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # a server on this machine wants none
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY: holds a character that no key has; copy the key again", exit_code=2)
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=1)
         if model is None:
             self.model = self.first_model()
@@ -83,7 +78,7 @@ class Judge:
         place = f"--judge {self.url}"
         try:
             completion = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
-            return completion.choices[0].message.content or ""
+            return text_of(completion.choices[0].message.content)
         except openai.APIStatusError as error:  # its text is left out: a server may repeat the key in it
             ways_out = {
                 401: "check OPENAI_API_KEY",
@@ -98,6 +93,28 @@ class Judge:
             raise UserError(f"{place}: cannot be reached; is the server running, is the address right?") from None
         except (AttributeError, LookupError, TypeError, ValueError):
             raise UserError(f"{place}: replies, but not as an OpenAI-compatible endpoint does; /v1 missing?") from None
+
+
+def check_url(url):
+    """Raise UserError unless `url` is an address alone, without a secret, that an HTTP client takes."""
+    import httpx
+
+    if "@" in url or "?" in url:
+        raise UserError("--judge: only the address; the key comes from OPENAI_API_KEY", exit_code=2)
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and " " not in url
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):  # for one a port that is no number, a control character
+        valid = False
+    if not valid:
+        raise UserError(f"--judge {url!r}: expected a URL such as http://127.0.0.1:8000/v1", exit_code=2)
+
+
+def text_of(content):
+    """The text of a message's content: text, None, or a list of text parts. Others: TypeError or LookupError."""
+    parts = content if isinstance(content, list) else [{"text": "" if content is None else content}]
+    return "".join(part["text"] for part in parts)
 
 
 def read_rating(reply):

@@ -27,7 +27,14 @@ from model.evaluation.ceval import (
     shuffle_options,
     take_exam,
 )
-from model.evaluation.exam_results import summarise, verdict, wilson_interval, write_results
+from model.evaluation.exam_results import (
+    print_result,
+    results_folder,
+    summarise,
+    verdict,
+    wilson_interval,
+    write_results,
+)
 from model.evaluation.subjects import CEVAL, CMMLU
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -95,7 +102,7 @@ def made_up_subjects(examples=3):
 
 
 def one_by_one(model, tokenizer, subjects):
-    """(letter, probabilities of A to D) of each question, chat prompts, as plainly as it can be said."""
+    """(letter, probabilities of A to D, prompt, examples) of each question, chat prompts, as plainly as can be said."""
     letters, answers = [tokenizer.convert_tokens_to_ids(letter) for letter in "ABCD"], []
     for subject in subjects:
         for question in subject.questions:
@@ -110,11 +117,11 @@ def one_by_one(model, tokenizer, subjects):
                 if len(ids) <= model.config.max_seq_len:
                     break
             if len(ids) > model.config.max_seq_len:
-                answers.append(("", None, text))
+                answers.append(("", None, text, 0))
                 continue
             with torch.no_grad():
                 p = model.eval()(torch.tensor([ids])).logits[0, -1].double().softmax(-1)[letters].tolist()
-            answers.append(("ABCD"[p.index(max(p))], p, text))
+            answers.append(("ABCD"[p.index(max(p))], p, text, shots))
     return answers
 
 
@@ -135,13 +142,13 @@ def test_the_exam_is_one_forward_a_question(tokenizer, fields, examples):
     model, subjects = tiny_model(len(tokenizer), **fields), made_up_subjects(examples)
     rows = take_exam(model, tokenizer, subjects, chat=True)
     questions = [(subject.name, question) for subject in subjects for question in subject.questions]
-    for row, (name, question), (letter, p, prompt) in zip(
+    for row, (name, question), (letter, p, prompt, shots) in zip(
         rows, questions, one_by_one(model, tokenizer, subjects), strict=True
     ):
         assert (row["subject"], row["question"], row["answer"]) == (name, question.text, question.answer)
         assert tuple(row[letter] for letter in LETTERS) == question.options
         assert row["llm_answer"] == letter and row["prompt"] == prompt
-        assert row["is_right"] == int(letter == question.answer)
+        assert row["is_right"] == int(letter == question.answer) and row["examples"] == shots
         measured = [row[f"p_{letter}"] for letter in LETTERS]
         assert measured == ([None] * 4 if p is None else pytest.approx(p, rel=1e-4))
 
@@ -155,22 +162,29 @@ def test_fewer_examples_then_wrong_where_the_context_is_full(tokenizer, capsys):
     assert rows[-1]["is_right"] == 0 and rows[-1]["llm_answer"] == "" and "长" * 300 in rows[-1]["prompt"]
     reference = one_by_one(model, tokenizer, subjects)
     assert [row["llm_answer"] for row in rows] == [letter for letter, *_ in reference]
-    fewer = sum(text.count("<s>user") < 4 for letter, _, text in reference if letter)
+    asked = [text.count("<s>user") - 1 for letter, _, text, _ in reference if letter]
     err = capsys.readouterr().err
-    assert 0 < fewer and f"{fewer} questions were asked with fewer examples: the context holds only 200" in err
     unfit = [q.place for s in subjects for q in s.questions if len("".join([q.text, *q.options])) > 150]
     assert f"{len(unfit)} questions did not fit the context of 200 tokens, counted as wrong: " in err
     assert "law.csv:7" in err
     summary, _ = summarise(rows, subjects)
-    assert summary["not_fitting"] == len(unfit) == reference.count(("", None, rows[-1]["prompt"]))
+    assert summary["not_fitting"] == len(unfit) == len(rows) - len(asked) == len(rows) - summary["asked"] > 0
+    assert summary["mean_examples"] == pytest.approx(sum(asked) / len(asked)) and 0 < sum(asked) < 3 * len(asked)
+    assert summary["with_fewer_examples"] == sum(count < 3 for count in asked) > 0
 
 
 def test_a_prompt_that_fills_the_context_is_asked(tokenizer):
-    subject = Subject("x", "x", "other", [ONE], [])
+    short = Question("一？", ("一", "二", "三", "四"), "B", "f:2")
+    subject = Subject("x", "x", "other", [ONE, short], [])
     needed = len(encode_prompt(tokenizer, "x", [], ONE, True))
     for context, answered in ((needed, True), (needed - 1, False)):
         rows = take_exam(tiny_model(len(tokenizer), context=context), tokenizer, [subject], chat=True)
-        assert bool(rows[0]["llm_answer"]) == answered
+        assert bool(rows[0]["llm_answer"]) == answered and rows[1]["llm_answer"]
+
+
+def test_an_exam_of_which_no_question_fits_has_no_result(tokenizer):
+    with pytest.raises(UserError, match="no question fits the model's context of 16 tokens; --max_seq_len"):
+        take_exam(tiny_model(len(tokenizer), context=16), tokenizer, made_up_subjects(), chat=True)
 
 
 def test_weights_that_give_no_number_are_no_answer(tokenizer):
@@ -257,6 +271,25 @@ def test_subjects_come_in_the_table_s_order_and_cells_as_they_are(tmp_path, name
     assert capsys.readouterr().err == "" and chosen[0].examples == []
 
 
+@pytest.mark.parametrize("name, cmmlu", [("summary", False), ("Summary", True), ("", False), ("", True)])
+def test_a_subject_whose_results_would_be_the_summary_or_nameless_is_refused(tmp_path, name, cmmlu):
+    benchmark, exam = BENCHMARKS["cmmlu" if cmmlu else "ceval"], exam_folder(tmp_path, ("law", name), cmmlu)
+    with pytest.raises(UserError, match=f"{name}{benchmark.questions[1]}: no name for a subject"):
+        read_exam(benchmark, exam)
+    assert [subject.name for subject in read_exam(benchmark, exam, wanted=["law"])] == ["law"]
+
+
+def test_an_exam_is_called_by_what_was_asked():
+    def name(*names):
+        return BENCHMARKS["ceval"].name_of([Subject(each, each, "other", [], []) for each in names], "folder")
+
+    every = [each for names in CEVAL.values() for each in names]
+    assert name(*every) == "C-Eval" and name("zoo", "ark") == "folder"
+    assert name("law") == "C-Eval, 1 of 52 subjects" and name(*every[1:]) == "C-Eval, 51 of 52 subjects"
+    assert name(*every, "zoo") == "C-Eval, 52 of 52 subjects and 1 others"
+    assert name("law", "zoo", "ark") == "C-Eval, 1 of 52 subjects and 2 others"
+
+
 def test_an_exam_of_one_s_own_is_missing_nothing(tmp_path, capsys):
     assert [s.name for s in read_exam(BENCHMARKS["ceval"], exam_folder(tmp_path, ("b", "a")))] == ["a", "b"]
     assert capsys.readouterr().err == ""
@@ -279,6 +312,11 @@ def test_the_tables_name_each_subject_once():
         (b"id,question,A,B,C,answer\n0,q,1,2,3,A\n", "f.csv:1: no column 'D'; columns found: id, question, A, B, C"),
         (b"id,question,A,B,C,D\n0,q,1,2,3,4\n", "f.csv:1: no column 'answer'"),
         (b"id,question,A,B,C,D,E,answer\n0,q,1,2,3,4,5,A\n", "f.csv:1: a fifth option, column 'E'"),
+        (b"id,question,A,B,C,D,e,answer\n0,q,1,2,3,4,5,A\n", "f.csv:1: a fifth option, column 'e'"),
+        (b"id,question,A,B,C,D,answer, F\n0,q,1,2,3,4,A,5\n", "f.csv:1: a fifth option, column ' F'"),
+        (b"id,question,A,B,C,D,answer,answer\n0,q,1,2,3,4,A,B\n", "f.csv:1: two columns 'answer'; columns found: id"),
+        (HEADER.encode() + b"0,q,1,2,3,4,A\n1,,1,2,3,4,A\n", "f.csv:3: column 'question' is empty"),
+        (HEADER.encode() + b"0,q,1,2, ,4,A\n", "f.csv:2: column 'C' is empty"),
         (HEADER.encode() + b"0,q,1,2,3,4,A\n1,q,1,2,3,4,5,A\n", "f.csv:3: has 8 cells but the header 7"),
         (HEADER.encode() + b'0,"q\nq",1,2,3,4,A\n1,q,1,2,3,A\n', "f.csv:4: has 6 cells but the header 7"),
         (HEADER.encode() + b"0,q,1,2,3,4,E\n", "f.csv:2: the answer is 'E', expected one of A, B, C, D"),
@@ -301,7 +339,7 @@ def test_missing_folders_subjects_and_examples(tmp_path):
     with pytest.raises(UserError, match="val: no such folder; unpack ceval-exam.zip .* --data_dir"):
         read_exam(ceval, tmp_path)
     exam = exam_folder(tmp_path)
-    with pytest.raises(UserError, match="--subjects nonsense: .* has logic, law, accountant, zoo"):
+    with pytest.raises(UserError, match="--subjects 'nonsense': .* has logic, law, accountant, zoo"):
         read_exam(ceval, exam, wanted=["law", "nonsense"])
     with pytest.raises(UserError, match="logic_dev.csv: has 2 examples, fewer than --few_shot 3"):
         read_exam(ceval, exam, few_shot=3)
@@ -350,6 +388,7 @@ def made_up_answers(subjects):
         {"subject": s.name, "question": q.text, **dict(zip(LETTERS, q.options)), "answer": q.answer, "prompt": "…\n"}
         | {"llm_answer": (letter := chance.choice(LETTERS)), "is_right": int(letter == q.answer)}
         | {f"p_{letter}": chance.random() for letter in LETTERS}
+        | {"examples": len(s.examples)}
         for s in subjects
         for q in s.questions
     ]
@@ -375,6 +414,7 @@ def test_totals_are_plain_counts(tmp_path, capsys):
 
     summary |= {"benchmark": "C-Eval", "checkpoint": "x.pth", "prompt_format": "plain", "few_shot": 2}
     summary["shuffle_options"] = 7
+    (tmp_path / "r").mkdir()
     write_results(tmp_path / "r", summary, table, answers)
     names = {"summary.csv", "summary.json", "summary.md", "summary.png", "physics.csv", "logic.csv", "law.csv"}
     assert {path.name for path in (tmp_path / "r").iterdir()} == names
@@ -383,12 +423,24 @@ def test_totals_are_plain_counts(tmp_path, capsys):
     assert written["correct"].to_dict() == right and written.loc["law", "name"] == "法学"
     with open(tmp_path / "r/law.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    expected = ["question", *"ABCD", "answer", "prompt", "llm_answer", "is_right", "p_A", "p_B", "p_C", "p_D"]
+    expected = [
+        "question",
+        *"ABCD",
+        "answer",
+        "prompt",
+        "llm_answer",
+        "is_right",
+        "p_A",
+        "p_B",
+        "p_C",
+        "p_D",
+        "examples",
+    ]
     assert list(rows[0]) == expected and rows[0]["prompt"] == "…\n"
     assert [row["question"] for row in rows] == [q.text for q in subjects[2].questions]
     text = (tmp_path / "r/summary.md").read_text("utf-8")
     assert f"总题数: 33  总正确数: {summary['correct']}  总正确率: {summary['accuracy']:.2%}" in text
-    assert "# C-Eval: x.pth\n\n- plain prompts, 2 examples, options shuffled by seed 7\n" in text
+    assert "# C-Eval: x.pth\n\n- plain prompts, up to 2 examples, options shuffled by seed 7\n" in text
     assert f"| law | 法学 | STEM | {right['law']}/9 | {right['law'] / 9:.2%} |" in text and summary["verdict"] in text
     image = (tmp_path / "r/summary.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 5000
@@ -409,6 +461,97 @@ def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.undo()
     write_results(tmp_path, {**summary, "checkpoint": "second.pth"}, table, answers)
     assert "second.pth" in (tmp_path / "summary.json").read_text("utf-8")
+
+
+def test_what_was_not_asked_is_wrong_but_no_evidence(tmp_path, capsys):
+    """Of 400 questions 100 are asked, with 0 or 2 examples, and 30 are right: 7.5 % of all, 30 % of the asked."""
+    questions = [Question("q", tuple("wxyz"), "A", "f:2")] * 400
+    subjects = [Subject("law", "法学", "other", questions, questions[:2])]
+    answers = [
+        dict(subject="law", answer="A", llm_answer=letter, is_right=int(letter == "A"), examples=examples)
+        for letter, examples, count in (("A", 2, 30), ("B", 2, 30), ("C", 0, 40), ("", 0, 300))
+        for _ in range(count)
+    ]
+    summary, table = summarise(answers, subjects)
+    assert (summary["accuracy"], summary["asked"], summary["not_fitting"]) == (0.075, 100, 300)
+    assert summary["by_category"]["other"]["accuracy"] == table["accuracy"]["law"] == 0.075
+    # Wilson for 30 of 100: (0.3 + 1.920729 / 100 -+ 1.959964 sqrt(0.0021 + 0.960365 / 10000)) / 1.03841459
+    assert summary["interval_95"] == pytest.approx([0.218949, 0.395849], abs=1e-5)
+    assert summary["verdict"] == "not distinguishable from guessing"
+    assert (summary["mean_examples"], summary["with_fewer_examples"]) == (1.2, 40)
+    summary |= {"benchmark": "own", "checkpoint": "x", "prompt_format": "chat", "few_shot": 2, "shuffle_options": None}
+    print_result(summary, table)
+    write_results(tmp_path, summary, table, answers)
+    for text in (capsys.readouterr().out, (tmp_path / "summary.md").read_text("utf-8")):
+        assert "总题数: 400  总正确数: 30  总正确率: 7.50%\n" in text
+        assert "examples shown: 1.20 in the mean; 40 questions had fewer than 2\n" in text
+        assert "not asked, longer than the context, counted as wrong: 300; 30.00% of the 100 asked are right\n" in text
+        assert "95 % interval of the 100 asked: 21.89% to 39.58%, guessing" in text
+        assert "verdict of the 100 asked: not distinguishable from guessing\n" in text
+
+
+def test_subjects_of_an_earlier_exam_go_and_nothing_else(tmp_path):
+    subjects = made_up_subjects()
+    answers = made_up_answers(subjects)
+    facts = {"benchmark": "C-Eval", "checkpoint": "x", "prompt_format": "plain", "few_shot": 0, "shuffle_options": None}
+
+    def write(folder, kept):
+        rows = [answer for answer in answers if answer["subject"] in kept]
+        summary, table = summarise(rows, [subject for subject in subjects if subject.name in kept])
+        write_results(folder, facts | summary, table, rows)
+        return {path.name for path in folder.iterdir()}
+
+    own = tmp_path / "r"
+    own.mkdir()
+    for name in ("notes.csv", "law.txt"):
+        (own / name).write_text("mine")
+    (tmp_path / "outside.csv").write_text("mine")
+    summaries = {"summary.csv", "summary.json", "summary.md", "summary.png"}
+    every = {"physics.csv", "logic.csv", "law.csv", "notes.csv", "law.txt"} | summaries
+    assert write(own, ("physics", "logic", "law")) == every
+    for line in ("../outside", "summary", ""):  # as if another program had written there
+        with open(own / "summary.csv", "a") as handle:
+            handle.write(f"{line},x,x,1,1,1\n")
+    assert write(own, ("logic",)) == every - {"physics.csv", "law.csv"} and (tmp_path / "outside.csv").exists()
+    (own / "summary.csv").write_text("subject,mark\nnotes,1\n")
+    assert write(own, ("law",)) == every - {"physics.csv"}
+
+
+def test_the_folder_of_results_is_tried_before_and_goes_after_a_failure(tmp_path, monkeypatch):
+    exam, new, own = tmp_path / "exam", tmp_path / "a/b", tmp_path / "own"
+    for folder in (exam / "val", own):
+        folder.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt), results_folder(new, exam) as folder:
+        assert folder.is_dir() and not [*folder.iterdir()]
+        raise KeyboardInterrupt
+    assert not new.parent.exists()
+    with pytest.raises(ZeroDivisionError), results_folder(own, exam):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), results_folder(new, exam):
+        (new.parent / "somebody's").write_text("")
+        raise ZeroDivisionError
+    assert own.is_dir() and [path.name for path in new.parent.iterdir()] == ["somebody's"]
+    with results_folder(new, exam):
+        pass
+    assert new.is_dir() and not [*new.iterdir()]
+
+    (tmp_path / "link").symlink_to(exam / "val")
+    for inside in (exam, exam / "new", tmp_path / "link", tmp_path / "a/../exam/val"):
+        with pytest.raises(UserError, match="lies in the exam's folder") as caught, results_folder(inside, exam):
+            pass
+        assert caught.value.exit_code == 2
+    assert not (exam / "new").exists()
+    with results_folder(tmp_path / "exam2", exam):
+        pass
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    message = r"--results_dir .*c: cannot be written to \(Permission denied\)"
+    with pytest.raises(UserError, match=message), results_folder(tmp_path / "c", exam):
+        raise AssertionError("never entered")
+    assert not (tmp_path / "c").exists()
 
 
 # batches and bits per byte
@@ -471,6 +614,13 @@ def test_texts_of_every_kind_of_file(tmp_path):
         list(read_texts(tmp_path / "b.md"))
     with pytest.raises(UserError, match="none.txt: no such file"):
         list(read_texts(tmp_path / "none.txt"))
+
+
+def test_a_context_of_one_token_predicts_nothing(tokenizer):
+    with pytest.raises(UserError, match="at least 2 tokens; give a larger --max_seq_len") as caught:
+        measure_bits_per_byte(tiny_model(len(tokenizer), context=1), tokenizer, ["长江是中国最长的河。"])
+    assert caught.value.exit_code == 2
+    assert measure_bits_per_byte(tiny_model(len(tokenizer), context=2), tokenizer, ["长江"])["bits_per_byte"] > 0
 
 
 def test_no_text_has_no_bits(tokenizer):

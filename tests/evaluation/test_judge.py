@@ -88,6 +88,40 @@ def test_what_the_judge_is_asked(monkeypatch):
     assert json.loads(requests[1][2]["messages"][1]["content"]) == {"问题": "你是谁？", "回答": ""}
 
 
+@pytest.mark.parametrize("key, sent", [(f" {KEY}\r\n", KEY), (" ", "none")])
+def test_white_space_round_the_key_goes(monkeypatch, key, sent):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with endpoint(lambda body: '{"score": 5}') as (url, requests):
+        assert rate(url).score == 5
+    assert requests[0][1]["Authorization"] == f"Bearer {sent}"
+
+
+@pytest.mark.parametrize("key", [f"{KEY}…", f"{KEY}\n{KEY}", f"{KEY}\x07", f"{KEY}\udcff"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_repeated(monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="^OPENAI_API_KEY: ") as caught:
+        Judge("http://127.0.0.1:9/v1", "m")
+    assert caught.value.exit_code == 2 and KEY not in str(caught.value)
+
+
+def reply_with(content):
+    """A completion whose message holds `content`, whatever that is."""
+    return 200, "application/json", json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "content, score",
+    [
+        ([{"type": "text", "text": '{"reason": "对", "sc'}, {"type": "text", "text": 'ore": 9}'}], 9),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_text_may_come_in_parts_or_be_missing(content, score):
+    with endpoint(lambda body: reply_with(content)) as (url, _):
+        assert rate(url).score == score
+
+
 @pytest.mark.parametrize("models, asked", [(["first", "second"], "first"), (None, "default")])
 def test_without_a_name_the_first_model_of_the_endpoint_judges(models, asked):
     with endpoint(lambda body: '{"score": 5}', models) as (url, requests):
@@ -143,6 +177,10 @@ def test_a_reply_nested_without_end_is_no_score():
         ((200, "application/json", b"[1]"), "not as an OpenAI-compatible endpoint"),
         ((200, "application/json", b'{"choices": []}'), "not as an OpenAI-compatible endpoint"),
         ((200, "application/json", b'{"choices": [{"message": 3}]}'), "not as an OpenAI-compatible endpoint"),
+        *(
+            (reply_with(content), "not as an OpenAI-compatible endpoint")
+            for content in (7, 0, False, {"text": "9"}, {}, ["9"], [{"type": "image"}], [{"text": 9}])
+        ),
     ],
 )
 def test_an_endpoint_that_fails_is_named_in_one_line_without_the_key(monkeypatch, reply, message):
@@ -172,14 +210,18 @@ def test_an_endpoint_that_is_down_or_silent(monkeypatch):
         done.set()
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://a/v1", "http://", "http://a:x/v1", "http://a:99999/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "ftp://a/v1", "http://", "http://a:x/v1", "http://a:99999/v1", "http://a:0/v1", "http://[a"]
+    + ["http://x.\x01/v1", "http://x/v1\n", "http://a b/v1", " http://a/v1", "http://ab\u2026.c/v1"],
+)
 def test_an_address_that_is_none(url):
     with pytest.raises(UserError, match="expected a URL such as") as caught:
         Judge(url, "m")
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 2 and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("url", [f"http://me:{KEY}@a/v1", f"http://a/v1?key={KEY}"])
+@pytest.mark.parametrize("url", [f"http://me:{KEY}@a/v1", f"http://me:{KEY}@a:x/v1", f"http://a/v1?key={KEY}"])
 def test_an_address_with_a_secret_is_refused_and_not_repeated(url):
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
         Judge(url, "m")
