@@ -441,7 +441,8 @@ def test_totals_are_plain_counts(tmp_path, capsys):
     text = (tmp_path / "r/summary.md").read_text("utf-8")
     assert f"总题数: 33  总正确数: {summary['correct']}  总正确率: {summary['accuracy']:.2%}" in text
     assert "# C-Eval: x.pth\n\n- plain prompts, up to 2 examples, options shuffled by seed 7\n" in text
-    assert f"| law | 法学 | STEM | {right['law']}/9 | {right['law'] / 9:.2%} |" in text and summary["verdict"] in text
+    assert f"| law | 法学 | STEM | {right['law']}/9 | {right['law'] / 9:.2%} |" in text
+    assert f"\n- verdict: {summary['verdict']}\n" in text and "\n- 95 % interval: " in text
     image = (tmp_path / "r/summary.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 5000
 
