@@ -100,12 +100,12 @@ def test_the_card_tells_what_is_known(run, tmp_path, dense):
     sha256 = hashlib.sha256(dense.read_bytes()).hexdigest()
     scores = dict(accuracy=0.2556, correct=344, questions=1346, interval_95=[0.233, 0.2796], checkpoint_sha256=sha256)
     scores |= dict(verdict="not distinguishable from guessing", benchmark="C-Eval", prompt_format="chat", few_shot=5)
-    scores |= dict(not_fitting=3)
+    scores |= dict(not_fitting=3)  # longer than the context
     (tmp_path / "summary.json").write_text(json.dumps(scores))
     words = ("--format", "llama", "--license", "cc-by-nc-4.0", "--scores", "summary.json", "--output", "card")
     assert run("--checkpoint", dense, *words)[0] == 0
     card = (tmp_path / "card/README.md").read_text("utf-8")
-    for part in ("license: cc-by-nc-4.0", "2 x 32", "LlamaForCausalLM", "344 of 1346 = 25.56%", "23.30% to 27.96%",
+    for part in ("license: cc-by-nc-4.0", "2 x 32", "LlamaForCausalLM", "344 of 1346 = 25.56%", "23.30% to 27.96% of the 1343 asked",
                  "not distinguishable from guessing", "multi_chat/full_sft", "1.2500", "# card", sha256, "| parent.pth |",
                  "C-Eval, chat prompts, up to 5 examples", "counted as wrong | 3 |"):  # fmt: skip
         assert part in card

@@ -112,10 +112,11 @@ def training(card):
 
 def ceval(scores):
     low, high = (f"{bound:.2%}" for bound in scores["interval_95"])
+    asked = scores["questions"] - scores["not_fitting"]
     return {
         "exam": f"{scores['benchmark']}, {scores['prompt_format']} prompts, up to {scores['few_shot']} examples",
         "right": f"{scores['correct']} of {scores['questions']} = {scores['accuracy']:.2%}",
-        "95 % interval": f"{low} to {high}",
+        "95 % interval": f"{low} to {high}" + (f" of the {asked} asked" if asked < scores["questions"] else ""),
         "verdict": scores["verdict"],
         "longer than the context, counted as wrong": scores["not_fitting"] or None,
     }
