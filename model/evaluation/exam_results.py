@@ -66,6 +66,7 @@ def summarise(answers, subjects):
         "chance": CHANCE,
         "commonest_letter": commonest,
         "commonest_letter_accuracy": float((rows["answer"] == commonest).mean()),
+        "letters_answered": {letter: int((asked["llm_answer"] == letter).sum()) for letter in "ABCD"},
         "mean_examples": float(asked["examples"].mean()),
         "with_fewer_examples": int((asked["examples"] < wanted).sum()),
         "by_category": count_right(rows, "category").to_dict("index"),
@@ -105,6 +106,7 @@ def summary_lines(summary):
         *lines,
         f"95 % interval{asked}: {low:.2%} to {high:.2%}, guessing {summary['chance']:.2%}, always answering "
         f"{summary['commonest_letter']} {summary['commonest_letter_accuracy']:.2%}",
+        "answered: " + ", ".join(f"{letter} {count}" for letter, count in summary["letters_answered"].items()),
         f"verdict{asked}: {summary['verdict']}",
     ]
 

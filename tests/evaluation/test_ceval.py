@@ -410,6 +410,8 @@ def test_totals_are_plain_counts(tmp_path, capsys):
     keys = [answer["answer"] for answer in answers]
     most = max("ABCD", key=keys.count)
     assert (summary["commonest_letter"], summary["commonest_letter_accuracy"]) == (most, keys.count(most) / 33)
+    said = [row["llm_answer"] for row in answers]
+    assert summary["letters_answered"] == {letter: said.count(letter) for letter in "ABCD"}
     assert json.loads(json.dumps(summary)) == summary
 
     summary |= {"benchmark": "C-Eval", "checkpoint": "x.pth", "prompt_format": "plain", "few_shot": 2}

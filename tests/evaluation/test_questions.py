@@ -60,7 +60,7 @@ def test_a_bad_row_is_named(tmp_path, content, message):
 
 def test_a_damaged_or_foreign_file_is_named(tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"q": "x"}\n' * 1000)[:-9])
+    path.write_bytes(gzip.compress(b'{"q": "x"}\n' * 1000, mtime=0)[:-9])
     with pytest.raises(UserError, match="a.jsonl.gz: the compressed data is damaged or cut"):
         read_questions(path, "q")
     (tmp_path / "a.txt").write_bytes("好\n".encode() + "好\n".encode("gbk"))
