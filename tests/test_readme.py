@@ -20,6 +20,7 @@ EXTRA = {
     "3-full_sft.py": SMALL_TRAINING,
     "0-eval_pretrain.py": BRIEF,
     "2-eval.py": BRIEF,
+    "eval_ceval.py": ["--max_seq_len", "256"],  # a question is longer than the test's model was trained on
     "train_tokenizer.py": ["--vocab_size", "600"],
     "benchmarks/training.py": [
         "--presets",
@@ -55,7 +56,7 @@ def commands(name):
 def copy(tmp_path_factory):
     """The repository's scripts and package beside the raw files that the README speaks of."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in (*(path.name for path in ROOT.glob("*.py")), "model", "images", "benchmarks"):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "README.md", "model", "images", "benchmarks"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "dataset" / "demo_world", folder / "dataset" / "demo_world")
     subprocess.run([sys.executable, "data_process.py", "demo", "--output_dir", "made"], cwd=folder, check=True)
