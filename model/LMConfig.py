@@ -70,6 +70,12 @@ class LMConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", True)
         super().__init__(**kwargs)
 
+    @property
+    def trained_length(self):
+        """Tokens of context before RoPE scaling stretched it: max_seq_len without scaling."""
+        scaling = self.rope_scaling or {"factor": 1}
+        return scaling.get("original_max_position_embeddings") or self.max_seq_len / scaling["factor"]
+
     def check_shape(self):
         """Raise ValueError naming the first field that makes the model impossible; head_dim None becomes dim / n_heads."""
         sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len")

@@ -286,7 +286,7 @@ def check_tokenizer(tokenizer, path, model, metadata):
         words = model.config.vocab_size
         raise UserError(f"{path}: has {words} words but the tokenizer {len(tokenizer)}; correct --tokenizer_path")
     known, own = metadata.get("tokenizer_hash"), own_tokenizer(path)
-    if known is None and own is not None:
+    if known is None and own is not None and Path(own) != Path(tokenizer.name_or_path):
         known = tokenizer_hash(load_tokenizer(own))
     if known is None and Path(tokenizer.name_or_path).resolve() == DEFAULT_TOKENIZER_PATH.resolve():
         reason = "cannot tell which tokenizer it was trained with, using the one shipped here"

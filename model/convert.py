@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from model.LMConfig import LMConfig
 
-DENSE_TYPES, MOE_TYPE = ("llama", "mistral"), "granitemoeshared"
+MOE_TYPE = "granitemoeshared"
 CLASSES = {"llama": "Llama", "mistral": "Mistral", MOE_TYPE: "GraniteMoeShared"}
 OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm"}
 LAYER_NAMES = {
@@ -37,7 +37,8 @@ FEED_FORWARD_NAMES = {
 ROUTER_NAME = {"feed_forward.gate": "block_sparse_moe.router.layer"}
 # What the stock classes can and MiniMind cannot: the value that means "without it". None and a missing field do too.
 WITHOUT = dict(
-    attention_bias=False, mlp_bias=False, sliding_window=None, quantization_config=None, embedding_multiplier=1.0, logits_scaling=1.0, residual_multiplier=1.0,
+    attention_bias=False, mlp_bias=False, sliding_window=None, quantization_config=None, embedding_multiplier=1.0,
+    logits_scaling=1.0, residual_multiplier=1.0,
 )  # fmt: skip
 ROPE_WITHOUT = dict(partial_rotary_factor=1.0, truncate=True)
 ROPE_KNOWN = ("rope_type", "factor", "beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings")
@@ -89,7 +90,7 @@ def rope_fields(config):
     would be max_position_embeddings there and max_seq_len / factor here."""
     scaling = {**config.rope_scaling, "factor": float(config.rope_scaling["factor"])} if config.rope_scaling else None
     if scaling and scaling["rope_type"] == "yarn":
-        trained = scaling.get("original_max_position_embeddings") or config.max_seq_len / scaling["factor"]
+        trained = config.trained_length
         scaling["original_max_position_embeddings"] = int(trained) if trained == int(trained) else trained
     parameters = {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})}
     return dict(rope_theta=config.rope_theta, rope_scaling=scaling, rope_parameters=parameters)

@@ -49,10 +49,9 @@ def rope_frequencies(config):
     factor = float(scaling["factor"])
     if scaling["rope_type"] == "linear":
         return frequencies / factor, 1.0
-    trained = scaling.get("original_max_position_embeddings") or config.max_seq_len / factor
 
     def pair_that_turns(turns):
-        return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return size * math.log(config.trained_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling.get("beta_fast") or 32.0)), 0)
     high = min(math.ceil(pair_that_turns(scaling.get("beta_slow") or 1.0)), size - 1)

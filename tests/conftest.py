@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,20 @@ def run_script(*words, timeout=120, **options):
     command = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout, **options}
     return subprocess.run(command, **options)
+
+
+@pytest.fixture
+def run_in_process(monkeypatch, capsys):
+    """Run a script in this process, which is much quicker than starting Python; returns (exit code, stdout, stderr)."""
+
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return call
 
 
 def assert_one_line_error(process, *parts, code=1):

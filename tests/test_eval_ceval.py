@@ -1,11 +1,11 @@
 """eval_ceval.py as a user runs it, and the documented way into lm-evaluation-harness."""
 
 import csv
+import functools
 import hashlib
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 
@@ -51,19 +51,11 @@ def exam(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, out_dir, tmp_path):
-    """Run the script in this process, in the folder tmp_path; returns (exit code, stdout, stderr)."""
-
-    def call(*words):
-        machine = ["--device", "cpu", "--dim", "32", "--n_layers", "2"]
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["eval_ceval.py", "--out_dir", str(out_dir), *machine, *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "eval_ceval.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return call
+def run(run_in_process, monkeypatch, out_dir, tmp_path):
+    """run_in_process of the script in the folder tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    machine = ("--device", "cpu", "--dim", "32", "--n_layers", "2")
+    return functools.partial(run_in_process, "eval_ceval.py", "--out_dir", out_dir, *machine)
 
 
 def failed(result, *parts, code=1):

@@ -41,18 +41,14 @@ def out_dir(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, out_dir):
-    """Run a script in this process, which is much quicker than starting Python; returns (exit code, stdout, stderr)."""
+def run(run_in_process, monkeypatch, out_dir):
+    """run_in_process of a script with the flags in COMMON, and the lines `stdin` typed into it."""
 
     def call(script, *words, stdin=()):
         lines = iter(stdin)
-        monkeypatch.setattr(sys, "argv", [script, "--out_dir", str(out_dir), *COMMON, *map(str, words)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
         monkeypatch.setattr("builtins.input", lambda prompt="": answer_or_raise(next(lines, EOFError())))
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
+        return run_in_process(script, "--out_dir", out_dir, *COMMON, *words)
 
     return call
 

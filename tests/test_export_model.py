@@ -1,18 +1,17 @@
 """export_model.py: every format, there and back, and one clear line with nothing left behind where it cannot be."""
 
+import functools
 import hashlib
 import json
 import resource
-import runpy
 import shutil
-import sys
 
 import pytest
 import torch
 from gguf import GGUFReader
 from transformers import AutoTokenizer
 
-from conftest import ROOT, assert_one_line_error, run_script, trained_scale
+from conftest import assert_one_line_error, run_script, trained_scale
 from model.checkpoint import load_model, save_checkpoint
 from model.LMConfig import LMConfig
 from model.tokenizer import tokenizer_hash
@@ -43,18 +42,10 @@ def experts(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run export_model.py in this process, in an empty directory; returns (exit code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["export_model.py", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / "export_model.py"), run_name="__main__")
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return call
+def run(run_in_process, monkeypatch, tmp_path):
+    """run_in_process of the script in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(run_in_process, "export_model.py")
 
 
 def failed(result, *parts, code=1):

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from model.errors import UserError
 from model.evaluation.scoring import NUMBER, normalise
+from model.evaluation.subjects import LETTERS
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
-LETTERS = "ABCD"
 CALCULATIONS = {"addition": add, "subtraction": sub, "multiplication": mul}
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 

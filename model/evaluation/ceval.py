@@ -13,12 +13,11 @@ from model.data.conversations import message
 from model.data.rows import RowReport, iter_csv_rows
 from model.errors import UserError, tell
 from model.evaluation.batches import length_batches, padded, tokens_per_batch
-from model.evaluation.subjects import CEVAL, CMMLU, OTHER
+from model.evaluation.subjects import CEVAL, CMMLU, LETTERS, OTHER
 from model.inference.kernels import install
 from model.inference.kv_cache import KVCache
 from model.tokenizer import encode_text, render_conversation
 
-LETTERS = "ABCD"
 INSTRUCTION = "下面是{}考试的单项选择题，每题只有一个正确选项，请回答它的字母。"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from model.errors import UserError
-from model.evaluation.subjects import CHANCE
+from model.evaluation.subjects import CHANCE, LETTERS
 from model.files import atomic_files
 
 Z_95 = 1.959964  # the normal distribution's 97.5 % quantile
@@ -66,7 +66,7 @@ def summarise(answers, subjects):
         "chance": CHANCE,
         "commonest_letter": commonest,
         "commonest_letter_accuracy": float((rows["answer"] == commonest).mean()),
-        "letters_answered": {letter: int((asked["llm_answer"] == letter).sum()) for letter in "ABCD"},
+        "letters_answered": {letter: int((asked["llm_answer"] == letter).sum()) for letter in LETTERS},
         "mean_examples": float(asked["examples"].mean()),
         "with_fewer_examples": int((asked["examples"] < wanted).sum()),
         "by_category": count_right(rows, "category").to_dict("index"),

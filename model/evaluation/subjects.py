@@ -2,7 +2,8 @@
 order of every table: {category: {name of the file: name in the prompt}}."""
 
 OTHER = "other"  # also the category of a subject that no table knows
-CHANCE = 0.25  # of four options
+LETTERS = "ABCD"  # of the options
+CHANCE = 1 / len(LETTERS)
 
 CEVAL = {
     "STEM": {

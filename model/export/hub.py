@@ -18,7 +18,8 @@ def check_repository(repository):
 
 def push_to_hub(repository, paths, card=None, private=False):
     """Upload a folder, or files, `paths` to the model repository "owner/name", which is made if there is none; returns its
-    address. card: text of the README.md, where no file has it. private: whether a new repository is. The token is the one of `hf auth login` or the environment's HF_TOKEN.
+    address. card: text of the README.md, where no file has it. private: whether a new repository is. The token is the one
+    of `hf auth login` or the environment's HF_TOKEN.
 
     Raises UserError when the hub cannot be reached or refuses.
     """

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model.checkpoint import file_sha256, resume_path, save_checkpoint, weights_file
+from model.checkpoint import resume_path, save_checkpoint
 from model.device import DTYPES
 from model.errors import UserError
 from model.export.gguf import write_gguf
@@ -64,7 +64,7 @@ def write_export(settings, output, model, tokenizer, path, card):
     elif settings.format == "pth":
         weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one tensor in the file too
-        parent = {"file": str(path), "sha256": file_sha256(weights_file(path))}
+        parent = {"file": str(path), "sha256": card.sha256}
         known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions")}
         known = {"stage": None, "parent": parent, "tokenizer_hash": tokenizer_hash(tokenizer), **known}
         save_checkpoint(output, model, known, weights=weights)

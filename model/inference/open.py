@@ -34,14 +34,12 @@ def open_model(settings, stages=CHAT_STAGES):
     dtype = select_dtype(getattr(settings, "dtype", "float32"), device)
     fields = required_fields(settings)
     path = settings.checkpoint or latest_checkpoint(settings, stages)
-    known = read_metadata(path).get("config", {})
-    trained, length = known.get("max_seq_len", LMConfig().max_seq_len), settings.max_seq_len or 0
+    known = LMConfig(**read_metadata(path).get("config", {}))
+    trained, length = known.max_seq_len, settings.max_seq_len or 0
     if settings.rope_scaling:
         if length <= trained:
             raise UserError(f"--rope_scaling needs a --max_seq_len above the trained {trained} tokens", exit_code=2)
-        stretched = known.get("rope_scaling") or {"factor": 1}  # earlier, to reach max_seq_len
-        unscaled = stretched.get("original_max_position_embeddings") or trained / stretched["factor"]
-        fields["rope_scaling"] = {"rope_type": settings.rope_scaling, "factor": length / unscaled}
+        fields["rope_scaling"] = {"rope_type": settings.rope_scaling, "factor": length / known.trained_length}
     elif length > trained:
         tell(f"note: trained on {trained} tokens; beyond them answers get worse without --rope_scaling yarn")
     model, metadata = load_model(path, **fields)
