@@ -85,7 +85,7 @@ def trajectory(trainer, data, identity):
 def check_trajectory(saved, own):
     """UserError for a changed flag that must not change, a warning for one that bends the course."""
     for changes_meaning, was, now in zip((True, False), saved, own, strict=True):
-        for flag in was.keys() | now.keys():
+        for flag in {**was, **now}:  # in order: another --n_heads changes the head size too, and is what to name
             old, new = was.get(flag), now.get(flag)
             if old != new and changes_meaning:
                 raise UserError(f"--resume: {flag} was {old} and is {new} now; give the old one or omit --resume")
