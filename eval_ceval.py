@@ -7,6 +7,7 @@ as the next token. 25 % come by guessing alone, so the last lines say how far th
     python eval_ceval.py --few_shot 5 --checkpoint out/pretrain_512.pth
     python eval_ceval.py --shuffle_options 1            # a model that knows stays right; one that guesses moves
     python eval_ceval.py --benchmark cmmlu --data_dir cmmlu
+    python eval_ceval.py --lora out/lora_law_512.pth    # with a LoRA adapter on its base
     python eval_ceval.py --bpb book.txt                 # bits per byte; needs no exam
 
 A folder --data_dir holds val/<subject>_val.csv (columns id, question, A, B, C, D, answer) and, for --few_shot,
@@ -41,6 +42,7 @@ def main():
     from model.evaluation.exam import exam_directory, exam_subjects, sit_exam
     from model.evaluation.exam_results import print_result, results_folder, write_results
     from model.inference.open import open_model
+    from model.lora import named
 
     subjects, folder, results = None, exam_directory(settings), contextlib.nullcontext()
     if args.bpb and settings.data_dir is None and not folder.is_dir():
@@ -52,11 +54,12 @@ def main():
         model, tokenizer, path, metadata = open_model(
             from_flags(MachineSettings, args), CHAT_STAGES + PRETRAINED_STAGES
         )
-        result = {"checkpoint": str(path)}
+        result = {"checkpoint": str(named(path, args.lora))}
         if args.bpb:
-            result |= bits_per_byte(model, tokenizer, args.bpb, path)
+            result |= bits_per_byte(model, tokenizer, args.bpb, result["checkpoint"])
         if subjects:
-            summary, table, answers = sit_exam(model, tokenizer, subjects, settings, path, metadata.get("stage"))
+            exam = sit_exam(model, tokenizer, subjects, settings, path, metadata.get("stage"), args.lora)
+            summary, table, answers = exam
             print_result(summary, table)
             write_results(directory, summary, table, answers)
             print(f"{summary['questions_per_second']:,.1f} questions per second; written: {directory}")

@@ -138,6 +138,8 @@ def read_weights(path):
         if not tensor.is_floating_point() and not tensor.is_complex():  # v1's pos_cis is complex
             raise UserError(f"{file}: {name} holds {tensor.dtype}, no weights; only float formats can be read")
     named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
+    if any(".lora_A." in name for name in named):
+        raise UserError(f"{file}: is a LoRA adapter and no whole model; give it with --lora, beside its base")
     embeddings = named.get("tok_embeddings.weight")
     if embeddings is None or embeddings.dim() != 2:
         raise UserError(f"{file}: has no matrix tok_embeddings.weight, so it is not a MiniMind checkpoint")
@@ -214,14 +216,19 @@ def load_model(path, **config_overrides):
         config = LMConfig(**{**known, **overrides})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
-    sha256 = metadata.get("weights_sha256")
-    if sha256 is not None and sha256 != file_sha256(path):
-        warn(f"{path} is not the file its .json describes (changed or half replaced)")
+    check_description(path, metadata)
     with torch.device("meta"):  # no random weights, which would only be replaced
         model = Transformer(config)
     load_weights(model, {name: tensor.float().clone() for name, tensor in state.items()}, path, assign=True)
     model.tie_weights()
     return model, metadata
+
+
+def check_description(path, metadata):
+    """Warn when the .json beside the checkpoint `path` was written with other weights."""
+    sha256 = metadata.get("weights_sha256")
+    if sha256 is not None and sha256 != file_sha256(path):
+        warn(f"{path} is not the file its .json describes (changed or half replaced)")
 
 
 def shape_fields(state, path):

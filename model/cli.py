@@ -21,11 +21,12 @@ def script_parser(description):
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_flags(parser, settings, title, **defaults):
-    """A flag for each field of the dataclass `settings`, in a group `title`; `defaults` replace the class's own."""
+def add_flags(parser, settings, title, leave_out=(), **defaults):
+    """A flag for each field of the dataclass `settings` but those in `leave_out`, in a group `title`; `defaults` replace the
+    class's own."""
     group = parser.add_argument_group(title)
     for field in dataclasses.fields(settings):
-        if not field.metadata:
+        if not field.metadata or field.name in leave_out:
             continue
         default, kind = defaults.get(field.name, field.default), field.metadata["kind"]
         limits = dict(field.metadata["limits"])
@@ -55,9 +56,9 @@ positive_int = checked(int, {"least": 1})
 non_negative_int = checked(int, {"least": 0})
 
 
-def add_training_flags(parser, epochs, **defaults):
-    """The flags of a training stage, with its defaults."""
-    add_flags(parser, ModelSettings, "model")
+def add_training_flags(parser, epochs, model=ModelSettings, **defaults):
+    """The flags of a training stage, with its defaults. model: the dataclass of those that say which model."""
+    add_flags(parser, model, "model")
     add_flags(parser, DataSettings, "data and checkpoints", **defaults)
     add_flags(parser, TrainingSettings, "training", epochs=epochs, **defaults)
     parser.add_argument("--local-rank", dest="local_rank", type=non_negative_int, help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ Library functions take these values; model/cli.py makes flags of them. Imports n
 
 import dataclasses
 import math
+import re
 
 from model.errors import UserError
 
@@ -151,12 +152,35 @@ class TrainingSettings(Checked):
 
 
 @dataclasses.dataclass
+class LoraSettings(Checked):
+    """The adapter that stage 4 trains."""
+
+    lora_name: str = flag("sft", "names the file: lora_<name>_<dim>.pth (default: {default})")
+    lora_rank: int = flag(8, "rows of A and columns of B (default: {default})", least=1)
+    lora_alpha: float = flag(16.0, "the update is alpha / rank times B A (default: {default})", least=0.001)
+    lora_dropout: float = flag(0.0, "of what goes into A (default: {default})", least=0, below=1)
+    lora_targets: str = flag(
+        "all",
+        "matrices with an adapter, separated by commas, each by any part of its name: wq, attention, experts, layers.0 "
+        "(default: {default}, of attention, feed-forward and experts)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not re.fullmatch(r"[\w-]+", self.lora_name):
+            problem = "must be letters, digits, - and _, for it becomes part of a file's name"
+            raise UserError(f"--lora_name: {problem}, got {self.lora_name!r}", exit_code=2)
+
+
+@dataclasses.dataclass
 class CheckpointSettings(ShapeSettings):
-    """Which trained model: a file or folder, or what finds the one a training stage wrote."""
+    """Which trained model: a file or folder, or what finds the one a training stage wrote; with which adapter on it."""
 
     checkpoint: str = flag(
         None, "a .pth or a Hugging Face folder (default: the latest stage in --out_dir)", str, metavar="PATH"
     )
+    lora: str = flag(None, "put this LoRA adapter on it, which 4-lora_sft.py wrote", str, metavar="PTH")
+    force: bool = flag(False, "put --lora also on another base than the one it was trained on")
     out_dir: str = flag("out", "where to look for checkpoints (default: {default})")
     tokenizer_path: str = flag(None, "tokenizer folder (default: a folder's own, else model/minimind_tokenizer)", str)
     rope_scaling: str = flag(None, "stretch positions beyond the trained length", str, choices=("linear", "yarn"))
@@ -168,7 +192,7 @@ class ExportSettings(Checked):
 
     format: str = flag("minimind", "default: {default}", choices=("minimind", "llama", "granitemoe", "gguf", "pth"))
     output: str = flag(None, "folder or file to write (default: out/export/<checkpoint>_<format>)", str)
-    force: bool = flag(False, "replace an export that is there")
+    force: bool = flag(False, "replace an export that is there; put --lora also on another base than it was trained on")
     dtype: str = flag(None, "of the weights (default: float32); a gguf has --quantization", str, choices=DTYPES[1:])
     quantization: str = flag(None, "of a gguf's matrices (default: q8_0)", str, choices=("f32", "f16", "bf16", "q8_0"))
     license: str = flag("apache-2.0", "what the model card says; your data may ask for another (default: {default})")

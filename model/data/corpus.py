@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model.data.conversations import BadRow
 from model.data.deduplication import DuplicateFilter, minhash_signatures, rows_per_band
 from model.data.filters import DROP_RULES, Dropped, chinese_share
-from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_object
+from model.data.rows import BYTE_ORDER_MARK, RowReport, parse_list, parse_object
 from model.errors import UserError
 from model.files import atomic_write, open_binary, refuse_existing
 from model.memory import peak_memory
@@ -93,21 +93,6 @@ def list_blocks(path, data):
         lines = (json.dumps(item, ensure_ascii=False) for item in items[start : start + BLOCK_ITEMS])
         # Half a surrogate pair becomes the JSON escape that it came from, to be found where rows are parsed.
         yield Block(path, f"{path}: item ", start + 1, "\n".join(lines).encode("utf-8", "backslashreplace"))
-
-
-def parse_list(path, data):
-    """The items of one JSON list; UserError naming the line where it is broken or breaks off."""
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line, reason = data.count(b"\n", 0, error.start) + 1, "not UTF-8"
-    except json.JSONDecodeError as error:
-        line, reason = error.lineno, f"{error.msg} at column {error.colno}"
-    except RecursionError:
-        line, reason = 1, "brackets within brackets within brackets"
-    except ValueError:  # Python's limit of 4,300 digits
-        line, reason = 1, "a number of thousands of digits"
-    raise UserError(f"{path}:{line}: the JSON list cannot be read ({reason}); mend it there or fetch the file again")
 
 
 class Converted(NamedTuple):

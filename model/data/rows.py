@@ -125,6 +125,35 @@ def iter_json_lines(path, report=None):
             yield f"{path}:{number}", *found
 
 
+def iter_json_rows(path, report=None):
+    """Yield (place, record, problem) as iter_json_lines does for the rows of a file that is one JSON list ("file: item 3"),
+    or that has one JSON object a line. Raises UserError also for a list that is not JSON."""
+    with open_binary(path) as handle:
+        head = handle.read(1 << 12).removeprefix(BYTE_ORDER_MARK)
+        data = head + handle.read() if head.lstrip().startswith(b"[") else None
+    if data is None:
+        yield from iter_json_lines(path, report)
+        return
+    for number, item in enumerate(parse_list(path, data), 1):
+        problem = None if isinstance(item, dict) else "not a JSON object"
+        yield f"{path}: item {number}", None if problem else item, problem
+
+
+def parse_list(path, data):
+    """The items of one JSON list; UserError naming the line where it is broken or breaks off."""
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line, reason = data.count(b"\n", 0, error.start) + 1, "not UTF-8"
+    except json.JSONDecodeError as error:
+        line, reason = error.lineno, f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        line, reason = 1, "brackets within brackets within brackets"
+    except ValueError:  # Python's limit of 4,300 digits
+        line, reason = 1, "a number of thousands of digits"
+    raise UserError(f"{path}:{line}: the JSON list cannot be read ({reason}); mend it there or fetch the file again")
+
+
 def iter_records(path, columns, report=None, json_columns=(), alternative=None):
     """Stream the rows of a .csv or .jsonl file as dicts {column: str}.
 

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from model.checkpoint import file_sha256, weights_file
 from model.evaluation.ceval import BENCHMARKS, read_exam, shuffle_options, take_exam
 from model.evaluation.exam_results import prompts_used, summarise
+from model.lora import named, weights_sha256
 from model.stages import PRETRAINED_STAGES
 
 
@@ -21,16 +21,17 @@ def exam_subjects(settings):
     return subjects if settings.shuffle_options is None else shuffle_options(subjects, settings.shuffle_options)
 
 
-def sit_exam(model, tokenizer, subjects, settings, checkpoint, stage=None):
+def sit_exam(model, tokenizer, subjects, settings, checkpoint, stage=None, lora=None):
     """Ask the Subjects of exam_subjects as ExamSettings say; returns (summary, table, answers) for print_result and
     write_results.
 
-    checkpoint: path of the model's weights; stage: the one that its .json names, which decides on prompt_format "auto".
+    checkpoint: path of the model's weights, lora: of the adapter that was merged into them. stage: the one that the .json
+    names, which decides on prompt_format "auto".
     The summary holds settings and checkpoint beside what summarise finds. Raises UserError as take_exam does.
     """
-    facts = exam_facts(settings, subjects, checkpoint, stage)
+    facts = exam_facts(settings, subjects, checkpoint, stage, lora)
     context = model.config.max_seq_len
-    print(f"{facts['benchmark']}, {checkpoint}, {prompts_used(facts)}, context {context} tokens", flush=True)
+    print(f"{facts['benchmark']}, {facts['checkpoint']}, {prompts_used(facts)}, context {context} tokens", flush=True)
     began = time.perf_counter()
     answers = take_exam(model, tokenizer, subjects, facts["prompt_format"] == "chat")
     rate = len(answers) / (time.perf_counter() - began)
@@ -38,7 +39,7 @@ def sit_exam(model, tokenizer, subjects, settings, checkpoint, stage=None):
     return {**facts, **summary, "questions_per_second": rate}, table, answers
 
 
-def exam_facts(settings, subjects, checkpoint, stage):
+def exam_facts(settings, subjects, checkpoint, stage, lora):
     """What a summary says of the exam and the model: which subjects, how they were asked, which weights exactly."""
     benchmark = BENCHMARKS[settings.benchmark]
     by_stage = "plain" if stage in PRETRAINED_STAGES else "chat"
@@ -47,8 +48,8 @@ def exam_facts(settings, subjects, checkpoint, stage):
         "benchmark": benchmark.name_of(subjects, exam_directory(settings)),
         "subjects": len(subjects),
         "subjects_of_benchmark": None if own else len(benchmark.known),
-        "checkpoint": str(checkpoint),
-        "checkpoint_sha256": file_sha256(weights_file(checkpoint)),
+        "checkpoint": str(named(checkpoint, lora)),
+        "checkpoint_sha256": weights_sha256(checkpoint, lora),
         "prompt_format": by_stage if settings.prompt_format == "auto" else settings.prompt_format,
         "few_shot": settings.few_shot,
         "shuffle_options": settings.shuffle_options,

@@ -53,7 +53,7 @@ def check_output(settings, output):
 
 
 def write_export(settings, output, model, tokenizer, path, card):
-    """Write `model` as the ExportSettings say; returns the folder or files. path: the checkpoint it came from.
+    """Write `model` as the ExportSettings say; returns the folder or files. path: what it came from, for the .json.
 
     Raises UserError as write_folder and write_gguf do, and OSError for a full disk; then nothing is left.
     """
@@ -65,7 +65,7 @@ def write_export(settings, output, model, tokenizer, path, card):
         weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one tensor in the file too
         parent = {"file": str(path), "sha256": card.sha256}
-        known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions")}
+        known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions", "lora")}
         known = {"stage": None, "parent": parent, "tokenizer_hash": tokenizer_hash(tokenizer), **known}
         save_checkpoint(output, model, known, weights=weights)
     else:

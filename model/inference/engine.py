@@ -18,6 +18,7 @@ from model.errors import UserError, is_out_of_memory
 from model.inference.kernels import install
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler
+from model.lora import merged_weights
 from model.settings import SamplingParameters
 from model.tokenizer import StreamDecoder
 
@@ -38,8 +39,8 @@ class Request:
     """One prompt on its way to an answer, and the answer so far: .token_ids, .text, .finish_reason (None: not done; else
     as in Delta, or "cancelled", which has no Delta), .error (one line when that is "error")."""
 
-    def __init__(self, prompt_ids, parameters, stop_token_ids, limit, tokenizer):
-        self.prompt_ids, self.parameters = prompt_ids, parameters
+    def __init__(self, prompt_ids, parameters, stop_token_ids, limit, tokenizer, adapter=None):
+        self.prompt_ids, self.parameters, self.adapter = prompt_ids, parameters, adapter
         self.stop_token_ids, self.limit = stop_token_ids, limit
         self.token_ids, self.text, self.finish_reason, self.error = [], "", None, None
         self.random = random.Random(parameters.seed)
@@ -90,6 +91,9 @@ class Engine:
     together, default config.max_seq_len: past it the model meets positions that it was never trained on. compile:
     torch.compile the decoding step, on CUDA once for each doubling of the rows in use, on a CPU only that of a single
     row: more are faster with packed weights.
+
+    add_adapter() gives the engine a LoRA adapter by name, and a request may ask for one. Requests that share a pass share
+    the adapter: one that wants another waits, and those behind it, until the running ones are done.
     """
 
     PREFILL_CHUNK = 512  # prompt tokens per forward pass: bounds the memory of long prompts
@@ -99,6 +103,10 @@ class Engine:
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache = self.sampler = self.compiled = None
+        self.adapters, self.adapter = (
+            {None: {}},
+            None,
+        )  # {name: {matrix: weight with it}}, and the name of the one in use
         self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
         if not self.has_memory_for(1):
             size = KVCache.bytes_needed(model.config, 1, self.max_length, model.dtype) / 1e9
@@ -108,22 +116,50 @@ class Engine:
             mode = "reduce-overhead" if self.uses_graphs else "default"
             self.compiled = torch.compile(self.model, mode=mode, dynamic=False)
 
-    def add(self, prompt_ids, parameters=SamplingParameters()):
-        """Queue a prompt (token ids) and return its Request. Raises what check_prompt does."""
-        request = self.new_request(prompt_ids, parameters)
+    def add_adapter(self, name, adapter):
+        """Keep a model.lora.Adapter under `name`, for requests that ask for it; it takes the memory of the matrices that it
+        changes. Whether it was trained on these weights, model.lora.check_base tells. Raises UserError where it does not
+        fit, or requests for an earlier one of that name are not done."""
+        if name is None or any(request.adapter == name for request in (*self.running, *self.waiting)):
+            raise UserError(
+                f"an adapter cannot be called {name!r} now: requests for another one of that name are not done"
+            )
+        self.use_adapter(None)
+        self.adapters[name] = merged_weights(self.model, adapter)
+        for matrix in self.adapters[name]:
+            self.adapters[None].setdefault(matrix, self.model.get_submodule(matrix).weight.data)
+
+    def use_adapter(self, name):
+        """Let the model's weights be those with the adapter `name`, or without one (None)."""
+        if name == self.adapter:
+            return
+        changed = self.adapters[None] | self.adapters[name]
+        for matrix, weight in changed.items():
+            layer = self.model.get_submodule(matrix)
+            layer.weight.data = weight
+            layer.packed_from = None  # PackedLinear's copy is of other weights
+        self.adapter = name
+
+    def add(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
+        """Queue a prompt (token ids), to be answered with the adapter of that name, and return its Request. Raises what
+        check_prompt does, and UserError for a name that add_adapter was not given."""
+        request = self.new_request(prompt_ids, parameters, adapter)
         self.waiting.append(request)
         return request
 
-    def new_request(self, prompt_ids, parameters):
+    def new_request(self, prompt_ids, parameters, adapter=None):
         """A Request that is not queued yet."""
         prompt_ids = list(prompt_ids)
         self.check_prompt(prompt_ids)
+        if adapter not in self.adapters:
+            names = ", ".join(sorted(name for name in self.adapters if name)) or "none"
+            raise UserError(f"no adapter is called {adapter!r}; there is: {names}")
         if parameters.stop_strings and self.tokenizer is None:
             raise ValueError("stop_strings need an Engine with a tokenizer")
         stop = parameters.stop_token_ids
         stop = {self.model.config.eos_token_id} if stop is None else set(stop)
         limit = min(parameters.max_new_tokens, self.max_length - len(prompt_ids))
-        return Request(prompt_ids, parameters, stop, limit, self.tokenizer)
+        return Request(prompt_ids, parameters, stop, limit, self.tokenizer, adapter)
 
     def check_prompt(self, prompt_ids):
         """Raise UserError for an empty prompt, ids outside the vocabulary, or a prompt that fills the whole context."""
@@ -166,7 +202,10 @@ class Engine:
         were being admitted, while the running ones could go on.
         """
         older, logits, deltas = len(self.running), [], []
+        if self.waiting and not self.running:
+            self.use_adapter(self.waiting[0].adapter)
         admitted = list(itertools.islice(self.waiting, self.max_batch - older))
+        admitted = list(itertools.takewhile(lambda request: request.adapter == self.adapter, admitted))
         while len(admitted) > (older == 0) and not self.fits(older + len(admitted)):
             admitted.pop()  # it waits until others have left
         if admitted:
@@ -288,23 +327,24 @@ class Engine:
                 self.running[row] = last
             self.sampler = None
 
-    def stream(self, prompt_ids, parameters=SamplingParameters()):
+    def stream(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
         """Yield the Deltas of one prompt; their texts join to the answer. Closing the iterator cancels the request."""
-        request = self.add(prompt_ids, parameters)
+        request = self.add(prompt_ids, parameters, adapter)
         try:
             while request.finish_reason is None:
                 yield from (delta for delta in self.step() if delta.request is request)
         finally:
             self.cancel(request)
 
-    def generate(self, prompts, parameters=SamplingParameters(), on_finish=None):
+    def generate(self, prompts, parameters=SamplingParameters(), on_finish=None, adapter=None):
         """Complete a list of prompts (lists of token ids); returns their Requests in the same order, all of them done:
         look at finish_reason. Raises what check_prompt does, for any of them before the first one runs.
 
-        parameters: one for all, or a list with one each. on_finish(request) is called as each one ends by itself.
+        parameters: one for all, or a list with one each. on_finish(request) is called as each one ends by itself. adapter:
+        the name of the one that they are answered with.
         """
         each = [parameters] * len(prompts) if isinstance(parameters, SamplingParameters) else parameters
-        requests = [self.new_request(prompt, wanted) for prompt, wanted in zip(prompts, each, strict=True)]
+        requests = [self.new_request(prompt, wanted, adapter) for prompt, wanted in zip(prompts, each, strict=True)]
         # Neighbours in length share a prefill, so that little of it is padding.
         self.waiting.extend(sorted(requests, key=lambda request: len(request.prompt_ids)))
         try:

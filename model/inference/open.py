@@ -9,31 +9,34 @@ from model.device import select_device, select_dtype
 from model.errors import UserError, tell
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
+from model.lora import check_base, merge, named, read_adapter
 from model.stages import CHAT_STAGES, PRETRAINED_STAGES
 from model.tokenizer import load_tokenizer
 
 
 def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
-    """(Engine, path of its checkpoint) as InferenceSettings ask. Raises UserError as open_model does, and for a context
-    that memory cannot hold."""
+    """(Engine, what it runs: path of the checkpoint, and of the adapter on it) as InferenceSettings ask. Raises UserError as
+    open_model does, and for a context that memory cannot hold."""
     model, tokenizer, path, metadata = open_model(settings, stages)
     if metadata.get("stage") in PRETRAINED_STAGES and metadata["stage"] not in stages:
         command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
         tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
-    return Engine(model, tokenizer, compile=settings.compile, **engine_arguments), path
+    return Engine(model, tokenizer, compile=settings.compile, **engine_arguments), named(path, settings.lora)
 
 
 def open_model(settings, stages=CHAT_STAGES):
     """(Transformer, tokenizer, path, metadata of its .json or {}) as MachineSettings ask, on their device and in their
-    dtype; as CheckpointSettings ask, which name neither, in float32 on the CPU.
+    dtype; as CheckpointSettings ask, which name neither, in float32 on the CPU. With an adapter in them it is merged, and
+    the metadata are the adapter's.
 
-    Without a checkpoint in them the one that latest_checkpoint finds for `stages`. Raises UserError when there is none,
-    when shape or tokenizer do not fit, and for a device that is not there.
+    Without a checkpoint in them the one that latest_checkpoint finds for `stages`, or the adapter's base. Raises UserError
+    when there is none, when shape, tokenizer or adapter do not fit, and for a device that is not there.
     """
     device = select_device(getattr(settings, "device", "cpu"))
     dtype = select_dtype(getattr(settings, "dtype", "float32"), device)
     fields = required_fields(settings)
-    path = settings.checkpoint or latest_checkpoint(settings, stages)
+    adapter = read_adapter(settings.lora) if settings.lora else None
+    path = settings.checkpoint or adapter_base(adapter) or latest_checkpoint(settings, stages)
     known = LMConfig(**read_metadata(path).get("config", {}))
     trained, length = known.max_seq_len, settings.max_seq_len or 0
     if settings.rope_scaling:
@@ -45,7 +48,17 @@ def open_model(settings, stages=CHAT_STAGES):
     model, metadata = load_model(path, **fields)
     tokenizer = load_tokenizer(settings.tokenizer_path, path)
     check_tokenizer(tokenizer, path, model, metadata)
+    if adapter:
+        check_base(adapter, path, settings.force)
+        merge(model, adapter)
+        metadata = adapter.metadata
     return model.to(device, dtype), tokenizer, path, metadata
+
+
+def adapter_base(adapter):
+    """The file that an Adapter was trained on, where it still lies there; None without an adapter or its base."""
+    file = adapter and adapter.metadata["parent"].get("file")
+    return file if file and Path(file).exists() else None
 
 
 def latest_checkpoint(settings, stages):

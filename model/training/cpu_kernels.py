@@ -129,7 +129,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         narrow, chunk = weight.to(dtype), CHUNK[kind]
-        loss, x_gradient, weight_gradient = 0.0, torch.empty_like(x), torch.zeros_like(weight)
+        loss, x_gradient = 0.0, torch.empty_like(x)
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # adapters leave it as it is
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             part, target = x[rows].to(dtype), targets[rows, None]
@@ -140,11 +141,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
             gradient = gradient.masked_fill_(ignored, 0.0).to(dtype)
             x_gradient[rows] = (gradient @ narrow).to(x.dtype)
-            weight_gradient += gradient.t() @ part
+            if weight_gradient is not None:
+                weight_gradient += gradient.t() @ part
         ctx.save_for_backward(x_gradient, weight_gradient)
         return loss
 
     @staticmethod
     def backward(ctx, loss_gradient):
         x_gradient, weight_gradient = ctx.saved_tensors
-        return x_gradient * loss_gradient, weight_gradient * loss_gradient, None
+        return x_gradient * loss_gradient, None if weight_gradient is None else weight_gradient * loss_gradient, None

@@ -32,7 +32,15 @@ from model.files import locked
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
 from model.training.optimizer import make_schedule
-from model.training.reports import RunLog, flops_per_token, mean_loss, peak_flops, start_wandb, step_line
+from model.training.reports import (
+    RunLog,
+    flops_per_token,
+    mean_loss,
+    peak_flops,
+    start_wandb,
+    step_line,
+    validation_line,
+)
 from model.training.strategy import DataParallel
 
 
@@ -102,15 +110,16 @@ class Trainer:
     model: on its device already. train, validation: datasets (see model.data.dataset; validation may be empty).
     settings: TrainingSettings. stage: the checkpoint's name without dim, such as "single_chat/full_sft". parent:
     {"file", "sha256"} of the weights it starts from. identity: further {flag: value} that decide what is learned from
-    the data. loss_function: see language_model_loss. strategy: class of the object that owns gradients and optimizers
-    (see model.training.strategy).
+    the data. metadata: what its .json says besides. loss_function: see language_model_loss. strategy: class of the object
+    that owns gradients and optimizers (see model.training.strategy).
     """
 
     def __init__(
-        self, model, tokenizer, train, validation, settings, *, stage, parent=None, identity=None,
+        self, model, tokenizer, train, validation, settings, *, stage, parent=None, identity=None, metadata=None,
         loss_function=language_model_loss, strategy=DataParallel,
     ):  # fmt: skip
         self.model, self.stage, self.parent, self.loss_function = model, stage, parent, loss_function
+        self.metadata = metadata or {}
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
         self.settings = settings = settings.resolved(self.device, ranks.world_size())
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
@@ -150,6 +159,16 @@ class Trainer:
             f"{settings.accumulation_steps} x {settings.batch_size * ranks.world_size()} rows of up to "
             f"{self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an epoch, {total}{limit}"
         )
+
+    def measure(self, batch):
+        """What the function measure gives, the first number being that by which the loss is divided. A stage whose loss is
+        not of tokens counts something else, and no bytes."""
+        return measure(batch, self.byte_lengths)
+
+    def further_numbers(self):
+        """{name: number} on the batches since the last call, over all ranks, besides the loss: for reports and, while
+        self.model is in evaluation mode, for validations."""
+        return {}
 
     def resume(self):
         """Go back to the last saved step: weights, optimizer, scaler, random generators, position in the data.
@@ -320,7 +339,7 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state, counts = self.state, [measure(batch, self.byte_lengths) for batch in batches]
+        state, counts = self.state, [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
             flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
@@ -404,7 +423,10 @@ class Trainer:
         state, load = self.state, self.model.expert_load()
         loss, bits_per_byte = mean_loss(window)
         record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
-        record.update(bits_per_byte=bits_per_byte, learning_rate=self.strategy.learning_rate)
+        record.update(self.further_numbers())
+        if bits_per_byte is not None:
+            record["bits_per_byte"] = bits_per_byte
+        record["learning_rate"] = self.strategy.learning_rate
         record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
         if self.peak_flops:
@@ -429,12 +451,13 @@ class Trainer:
         sums, state = dict(nats=0.0, items=0, size=0), self.state
         one = torch.ones((), device=self.device)
         for batch in self.validation_loader:
-            items, _, _, size, _ = measure(batch, self.byte_lengths)
+            items, _, _, size, _ = self.measure(batch)
             with autocast(self.device, self.dtype):
                 sums["nats"] += float(self.loss_function(self.model, self.to_device(batch), one)[0])
             sums["items"], sums["size"] = sums["items"] + items, sums["size"] + size
             if sums["items"] >= wanted or self.stop.requested:
                 break
+        further = self.further_numbers()
         self.model.train()
         *totals, stops = ranks.sum_over_ranks([*sums.values(), self.stop.requested])
         if stops:
@@ -443,9 +466,11 @@ class Trainer:
             return
         sums = dict(zip(sums, totals))
         loss, bits_per_byte = state.validation_loss, state.validation_bits_per_byte = mean_loss(sums)
-        text = f"{self.step_of_total}  validation loss {loss:.4f}  bpb {bits_per_byte:.4f}"
-        text += f"  ({int(sums['items']):,} held-out tokens)"
-        self.log.write(text, step=state.step, validation_loss=loss, validation_bits_per_byte=bits_per_byte)
+        record = dict(step=state.step, validation_loss=loss)
+        if bits_per_byte is not None:
+            record["validation_bits_per_byte"] = bits_per_byte
+        record.update((f"validation_{name}", number) for name, number in further.items())
+        self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
 
     @property
     def step_of_total(self):
@@ -471,6 +496,7 @@ class Trainer:
         """Write the three files of a checkpoint; `previous` is the step that the present ones are of."""
         state, total_steps = self.state, self.schedule.total_steps
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata.update(self.metadata)
         metadata["total_steps"] = total_steps if total_steps < math.inf else None
         metadata["peak_memory_bytes"] = peak_memory(self.device)
         try:

@@ -24,6 +24,8 @@ PEAK_TFLOPS = {
 }
 # fmt: on
 NO_BFLOAT16 = ("V100", "T4")  # their peak is float16's
+# What a line shows besides the loss: name in the log -> name on the terminal.
+SHOWN = {"bits_per_byte": "bpb", "reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
 
 
 class RunLog:
@@ -111,15 +113,16 @@ def start_wandb(settings, run_name):
 
 
 def mean_loss(sums):
-    """(nats per supervised target, bits per byte) of the sums over some batches: nats, items (supervised targets), size
-    (their UTF-8 bytes)."""
-    return sums["nats"] / max(1, sums["items"]), sums["nats"] / math.log(2) / max(1, sums["size"])
+    """(nats per item, bits per byte) of the sums over some batches: nats, items (supervised targets), size (their UTF-8
+    bytes). Items without bytes, pairs of answers for one, have no bits per byte: None."""
+    bits_per_byte = sums["nats"] / math.log(2) / sums["size"] if sums["size"] else None
+    return sums["nats"] / max(1, sums["items"]), bits_per_byte
 
 
 def step_line(record, step_of_total):
     """The line on the terminal for one record of the log."""
-    text = "{place}  epoch {epoch:.2f}  loss {loss:.4f}  bpb {bits_per_byte:.4f}  lr {learning_rate:.2e}"
-    text = (text + "  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(place=step_of_total, **record)
+    text = "{place}  epoch {epoch:.2f}  loss {loss:.4f}{further}  lr {learning_rate:.2e}  norm {gradient_norm:.2f}"
+    text = (text + "  {tokens_per_second:,.0f} tok/s").format(place=step_of_total, further=further(record), **record)
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"
     if "seconds_left" in record:
@@ -127,6 +130,18 @@ def step_line(record, step_of_total):
     if "expert_load" in record:
         text += "  experts " + " ".join(f"{share:.0%}" for share in record["expert_load"])
     return text
+
+
+def validation_line(record, step_of_total, items):
+    """The line on the terminal for one validation, over `items` held-out tokens or pairs."""
+    what = "tokens" if "validation_bits_per_byte" in record else "pairs"
+    text = f"{step_of_total}  validation loss {record['validation_loss']:.4f}{further(record, 'validation_')}"
+    return f"{text}  ({items:,} held-out {what})"
+
+
+def further(record, prefix=""):
+    """Those of SHOWN that a record has, each with two blanks before it."""
+    return "".join(f"  {title} {record[prefix + name]:.4f}" for name, title in SHOWN.items() if prefix + name in record)
 
 
 def describe_model(model, dtype):

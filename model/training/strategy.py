@@ -13,6 +13,7 @@ from torch import nn
 
 from model.checkpoint import load_weights
 from model.device import check_compiler
+from model.lora import adapter_weights, load_adapter_weights
 from model.training import cpu_kernels, ranks
 from model.training.optimizer import build_optimizers, set_learning_rates
 
@@ -26,17 +27,22 @@ class DataParallel:
 
     def __init__(self, model, settings, device, dtype, dynamic=False):
         self.model, self.optimizers = model, build_optimizers(model, settings)
-        cpu_kernels.install(model, device, dtype, settings.compile)
+        self.prepare(device, dtype, settings.compile)
         self.runner = model
         if ranks.world_size() > 1:
             device_ids = [device.index] if device.type == "cuda" else None
             self.runner = nn.parallel.DistributedDataParallel(model, device_ids)
         if settings.compile:
             check_compiler(device)
-            model.rotary_table(model.config.max_seq_len, device)  # made within, it would be compiled in, and out again
             self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
         # float16 alone needs scaling: its smallest numbers swallow gradients that bfloat16 keeps.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def prepare(self, device, dtype, compile):
+        """Have the model use what makes training faster."""
+        cpu_kernels.install(self.model, device, dtype, compile)
+        if compile:  # made within, the table would be compiled in, and out again
+            self.model.rotary_table(self.model.config.max_seq_len, device)
 
     def micro_batch(self, last):
         """Context of one forward and backward pass: gradients stay local until the `last` of a step."""
@@ -113,3 +119,13 @@ class DataParallel:
     def close(self):
         """Let go of what must not outlive the process group."""
         self.runner = None
+
+
+class LowRankAdapters(DataParallel):
+    """Training of the adapters alone that model.lora.add_adapter has put on; they are what a checkpoint holds."""
+
+    def weights(self):
+        return adapter_weights(self.model)
+
+    def load_weights(self, weights, path):
+        load_adapter_weights(self.model, weights, path)
