@@ -14,7 +14,7 @@ Shape letters: D head size, C model width, H width of an expert, S of the shared
 import math
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.LMConfig import LMConfig
 
@@ -33,6 +33,11 @@ FEED_FORWARD_NAMES = {
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
+}
+IN_MEMORY = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "router.weight",
 }
 ROUTER_NAME = {"feed_forward.gate": "block_sparse_moe.router.layer"}
 # What the stock classes can and MiniMind cannot: the value that means "without it". None and a missing field do too.
@@ -182,6 +187,40 @@ def stock_weights(state, config):
             stock[f"{theirs}.shared_mlp.input_linear.weight"] = joined_inputs(state, shared)  # [2S, C]
             stock[f"{theirs}.shared_mlp.output_linear.weight"] = state[f"{shared}.w2.weight"]  # [C, S]
     return stock
+
+
+def stock_model(model):
+    """The stock class with the weights of `model`, a Transformer, in memory: LlamaForCausalLM and so on, float32, on the CPU.
+
+    Raises ValueError for a router without its equal there.
+    """
+    config = AutoConfig.for_model(**stock_config(model.config))
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    load_stock_weights(stock, model.state_dict(), model.config)
+    return stock
+
+
+def load_stock_weights(stock, state, config):
+    """Copy a Transformer's `state` into the stock model. Raises RuntimeError where it does not fit."""
+    weights, own = stock_weights(state, config), stock.state_dict()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    stock.load_state_dict({name if name in own else renamed(name): tensor for name, tensor in weights.items()})
+
+
+def weights_of_stock_model(stock, config):
+    """The stock model's weights as a Transformer's state dict, the output matrix included."""
+    in_files = {in_memory: name for name, in_memory in IN_MEMORY.items()}
+    state = state_of_stock_weights(
+        {renamed(name, in_files): tensor for name, tensor in stock.state_dict().items()}, config
+    )
+    return {**state, "output.weight": state["tok_embeddings.weight"]}
+
+
+def renamed(name, names=IN_MEMORY):
+    """The name of a tensor with what follows Granite's "block_sparse_moe" replaced as `names` say: transformers 5 has other
+    names in memory than in files."""
+    before, block, after = name.partition(".block_sparse_moe.")
+    return before + block + names.get(after, after)
 
 
 def joined_inputs(state, expert):

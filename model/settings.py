@@ -173,6 +173,19 @@ class LoraSettings(Checked):
 
 
 @dataclasses.dataclass
+class PreferenceSettings(Checked):
+    """The loss of stage 5, as trl has it."""
+
+    beta: float = flag(0.1, "weight of staying near the reference, higher: nearer (default: {default})", least=1e-6)
+    loss_type: str = flag(
+        "sigmoid",
+        "sigmoid: DPO; ipo: a squared distance from a fixed margin, which cannot grow without end (default: {default})",
+        choices=("sigmoid", "ipo"),
+    )
+    sft_weight: float = flag(0.0, "times the chosen answers' next-token loss is added (default: {default})", least=0)
+
+
+@dataclasses.dataclass
 class CheckpointSettings(ShapeSettings):
     """Which trained model: a file or folder, or what finds the one a training stage wrote; with which adapter on it."""
 

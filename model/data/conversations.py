@@ -104,6 +104,18 @@ def training_conversation(record):
     return messages
 
 
+def training_preference(record):
+    """(messages up to the question, chosen answer, rejected answer) of a training row; BadRow when there is nothing to
+    learn."""
+    messages, chosen, rejected = raw_preference(record)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.strip():
+            raise BadRow(f'empty "{name}" answer')
+    if chosen == rejected:
+        raise BadRow("chosen and rejected answer are the same")
+    return messages, chosen, rejected
+
+
 def to_columns(messages):
     """(history, q, a) of messages as raw_conversation gives them; a training row of these is read as the same again."""
     *earlier, question, answer = messages
@@ -129,8 +141,9 @@ def raw_preference(record):
     pair = record.get("output")
     if not (isinstance(pair, list) and len(pair) == 2):
         pair = [next((record[name] for name in names if name in record), None) for names in (CHOSEN, REJECTED)]
-        if None in pair:
-            raise BadRow('no "chosen" and "rejected" fields')
+        for name, answer in zip(("chosen", "rejected"), pair):
+            if answer is None:
+                raise BadRow(f'no "{name}" answer')
     before_chosen, chosen = split_reply(pair[0], "chosen")
     before_rejected, rejected = split_reply(pair[1], "rejected")
     if before_chosen and before_rejected and before_chosen != before_rejected:

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import torch
 
-from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
+from model.data.token_cache import PreferenceEncoding, PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import token_bytes
 
@@ -48,6 +48,27 @@ def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, l
         reasons = "; ".join(cache.report.summary())
         raise UserError(f"{path}: no row left to learn from at --max_seq_len {max_seq_len}; {reasons}")
     return train, validation
+
+
+def open_preference_data(
+    path, tokenizer, max_seq_len, validation_path=None, validation_share=0.05, seed=0, cache_dir=None
+):
+    """(train, validation) PreferenceDatasets over {prompt, chosen, rejected}, a JSON list or one object a line; the prompt is
+    a text or a list of messages, and there may be a history.
+
+    They are split by row with `seed`, unless validation_path names a file of its own. Raises UserError as open_sft_data.
+    """
+    encoding = PreferenceEncoding(tokenizer, max_seq_len)
+    cache = open_token_cache(path, tokenizer, encoding, cache_dir)
+    held_out = _held_out(len(cache.row_ends), 0 if validation_path else validation_share, seed)
+    train = PreferenceDataset(cache, ~held_out)
+    if not len(train):
+        reasons = "; ".join(cache.report.summary())
+        raise UserError(f"{path}: no pair left to learn from at --max_seq_len {max_seq_len}; {reasons}")
+    if validation_path:
+        cache = open_token_cache(validation_path, tokenizer, encoding, cache_dir)
+        held_out = np.ones(len(cache.row_ends), dtype=bool)
+    return train, PreferenceDataset(cache, held_out)
 
 
 def _held_out(count, share, seed):
@@ -119,13 +140,48 @@ class SFTDataset:
         if np.ndim(rows) == 0:
             return {name: tensor[0] for name, tensor in self[[rows]].items()}
         stops, lengths = self.cache.row_ends[self.rows[rows]], self.lengths[rows]
-        positions = np.concatenate([np.arange(stop - length, stop) for stop, length in zip(stops, lengths)])
-        input_ids = self.cache.tokens[positions].astype(np.int64)
-        labels = np.where(self.cache.mask[positions] >= self.supervised_from, input_ids, IGNORED)
         width = int(lengths.max())
         if len(rows) > 1:
             width = min(batch_width(width), int(self.lengths.max()))
-        return _batch(input_ids, labels, lengths, width)
+        return _conversations(self.cache, stops, lengths, width, self.supervised_from)
+
+
+class PreferenceDataset:
+    """Pairs of answers to one prompt. A batch of P pairs has 2 P rows, the conversations with the chosen answers and then,
+    in the same order, those with the rejected ones; labels are on that last answer and its </s> alone.
+
+    Attributes: lengths (int array, tokens of the longer side of each pair), longer_is_chosen (share of pairs, equal ones
+    count half), num_tokens, report (of the whole file), fingerprint.
+    """
+
+    def __init__(self, cache, part):
+        """part: bool mask [rows of the cache] of those that belong here; rows of which nothing fits are left out."""
+        self.cache, self.report, self.fingerprint = cache, cache.report, cache.fingerprint
+        self.rows = np.flatnonzero(part & (cache.chosen_lengths > 0)).astype(np.int32)
+        chosen, rejected = cache.chosen_lengths[self.rows], cache.rejected_lengths[self.rows]
+        self.lengths, self.num_tokens = np.maximum(chosen, rejected), int(chosen.sum() + rejected.sum())
+        self.longer_is_chosen = float(np.mean((np.sign(chosen - rejected) + 1) / 2)) if len(self.rows) else None
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, rows):
+        wanted = self.rows[np.atleast_1d(rows)]
+        chosen, rejected = self.cache.chosen_lengths[wanted], self.cache.rejected_lengths[wanted]
+        ends = self.cache.row_ends[wanted]
+        stops, lengths = np.concatenate([ends - rejected, ends]), np.concatenate([chosen, rejected])
+        width = int(lengths.max())
+        if len(wanted) > 1:
+            width = min(batch_width(width), int(self.lengths.max()))
+        return _conversations(self.cache, stops, lengths, width, supervised_from=2)
+
+
+def _conversations(cache, stops, lengths, width, supervised_from):
+    """Batch of the rows of a cache that end at `stops` and have these lengths."""
+    positions = np.concatenate([np.arange(stop - length, stop) for stop, length in zip(stops, lengths)])
+    input_ids = cache.tokens[positions].astype(np.int64)
+    labels = np.where(cache.mask[positions] >= supervised_from, input_ids, IGNORED)
+    return _batch(input_ids, labels, lengths, width)
 
 
 def batch_width(length):

@@ -21,8 +21,8 @@ import numpy as np
 from filelock import Timeout
 from tqdm import tqdm
 
-from model.data.conversations import BadRow, fit_turns, training_conversation
-from model.data.rows import RowReport, iter_records
+from model.data.conversations import BadRow, fit_turns, training_conversation, training_preference
+from model.data.rows import RowReport, iter_json_rows, iter_records
 from model.errors import FULL_DISK, UserError, tell
 from model.files import NOT_WRITABLE, atomic_write, locked, remove_abandoned, sync_directory, unfinished
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
@@ -111,7 +111,50 @@ class SFTEncoding:
         return {**arrays, "row_lengths": np.array(lengths, np.int32), "row_ends": np.cumsum(lengths, dtype=np.int64)}
 
 
-ENCODINGS = {encoding.kind: encoding for encoding in (PretrainEncoding, SFTEncoding)}
+class PreferenceEncoding(SFTEncoding):
+    """Pairs of answers to one prompt -> tokens and mask of join_turns, of the whole conversation with the chosen answer and
+    of that with the rejected one behind it, chosen_lengths, rejected_lengths, row_ends. Both see the same prompt, cut where
+    the longer of the two answers leaves it no room. A row of which nothing fits has lengths 0."""
+
+    kind, names = "dpo", ("tokens", "mask", "chosen_lengths", "rejected_lengths", "row_ends")
+
+    def items(self, path, report):
+        """Yield ((place, [role of each turn of the prompt]), [their contents, chosen answer, rejected answer])."""
+        met = 0
+        for place, record, problem in iter_json_rows(path, report):
+            report.rows, report.place, met = report.rows + 1, place, met + 1
+            try:
+                if problem:
+                    raise BadRow(problem)
+                messages, *answers = training_preference(record)
+            except BadRow as error:
+                report.drop(str(error), place)
+            else:
+                yield (place, [turn["role"] for turn in messages]), [turn["content"] for turn in messages] + answers
+        if not met:
+            raise UserError(f"{path}: is empty, it has no rows")
+
+    def arrays(self, items, encoded, dtype, report):
+        contents, tokens, mask, lengths, row_ends = iter(encoded), [], bytearray(), [], []
+        for place, roles in items:
+            prompt, answers = list(zip(roles, contents)), [next(contents), next(contents)]
+            turns, changes = fit_turns([*prompt, ("assistant", max(answers, key=len))], self.overhead, self.max_seq_len)
+            if not turns:
+                report.drop(f"an answer leaves no room for the question within --max_seq_len {self.max_seq_len}", place)
+            pair = [join_turns(self.tokenizer, [*turns[:-1], ("assistant", answer)]) for answer in answers if turns]
+            for row_tokens, row_mask in pair:
+                tokens += row_tokens
+                mask += row_mask
+            lengths.append([len(row_tokens) for row_tokens, _ in pair] or [0, 0])
+            row_ends.append(len(tokens))
+            report.notes.update(changes)
+        arrays = {"tokens": np.fromiter(tokens, dtype), "mask": np.array(mask, np.uint8)}
+        chosen, rejected = np.array(lengths, np.int32).reshape(-1, 2).T
+        arrays.update(chosen_lengths=chosen.copy(), rejected_lengths=rejected.copy())
+        return {**arrays, "row_ends": np.array(row_ends, np.int64)}
+
+
+ENCODINGS = {encoding.kind: encoding for encoding in (PretrainEncoding, SFTEncoding, PreferenceEncoding)}
 DTYPES = {np.dtype(kind).str for kind in (np.uint8, np.uint16, np.uint32, np.int32, np.int64)}
 
 
@@ -140,7 +183,7 @@ class TokenCache:
 
 
 def check_data_file(path, kind):
-    """The Path of a data file of a `kind` ("pretrain" or "sft"). Raises UserError, saying how to make it, when there is
+    """The Path of a data file of a `kind` ("pretrain", "sft" or "dpo"). Raises UserError, saying how to make it, when there is
     none."""
     path = Path(path)
     if not path.is_file():

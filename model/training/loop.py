@@ -114,6 +114,8 @@ class Trainer:
     that owns gradients and optimizers (see model.training.strategy).
     """
 
+    items_seen = "supervised_tokens_seen"  # what the .json calls the number of items that losses were divided by
+
     def __init__(
         self, model, tokenizer, train, validation, settings, *, stage, parent=None, identity=None, metadata=None,
         loss_function=language_model_loss, strategy=DataParallel,
@@ -164,6 +166,10 @@ class Trainer:
         """What the function measure gives, the first number being that by which the loss is divided. A stage whose loss is
         not of tokens counts something else, and no bytes."""
         return measure(batch, self.byte_lengths)
+
+    def flops_per_token(self, length):
+        """Operations of a step for one token in a row of `length` tokens."""
+        return flops_per_token(self.model, length)
 
     def further_numbers(self):
         """{name: number} on the batches since the last call, over all ranks, besides the loss: for reports and, while
@@ -342,7 +348,7 @@ class Trainer:
         state, counts = self.state, [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
-            flops = sum(tokens * flops_per_token(self.model, length) for _, _, tokens, _, length in counts)
+            flops = sum(tokens * self.flops_per_token(length) for _, _, tokens, _, length in counts)
         sums = [sum(column) for column in zip(*counts)][:4] + [flops, state.train_seconds, self.stop.requested]
         items, rows, tokens, size, flops, seconds, stops = ranks.sum_over_ranks(sums)
         seconds /= ranks.world_size()  # all ranks follow one clock
@@ -496,6 +502,7 @@ class Trainer:
         """Write the three files of a checkpoint; `previous` is the step that the present ones are of."""
         state, total_steps = self.state, self.schedule.total_steps
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
         metadata.update(self.metadata)
         metadata["total_steps"] = total_steps if total_steps < math.inf else None
         metadata["peak_memory_bytes"] = peak_memory(self.device)

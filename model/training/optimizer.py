@@ -44,9 +44,11 @@ def build_optimizers(model, settings):
 
 
 def is_hidden_matrix(name, parameter):
-    """Whether a parameter is a linear map inside a layer, under its own name or under the one that peft gives it
-    ("base_model.model.layers.0.attention.wq.lora_A.default.weight")."""
-    return parameter.dim() == 2 and bool(re.search(r"(^|\.)layers\.\d+\.", name)) and "gate" not in name.split(".")
+    """Whether a parameter is a linear map inside a layer, under its own name, the one that peft gives it
+    ("base_model.model.layers.0.attention.wq.lora_A.default.weight") or a stock class's. (Experts that a stock class joins in
+    one tensor are none.)"""
+    router = {"gate", "router"} & set(name.split("."))
+    return parameter.dim() == 2 and bool(re.search(r"(^|\.)layers\.\d+\.", name)) and not router
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,7 +208,7 @@ def test_preference_schemas(record):
         (ConversationRules(), {"conversations": CONVERSATION}, "does not end with an answer"),
         (ConversationRules(), {"conversations": ANSWERED[1:]}, "does not begin with the user"),
         (ConversationRules(), {"conversations": [{"role": "tool", "content": "x"}]}, "unknown role"),
-        (PreferenceRules(), {"prompt": "你", "chosen": "我"}, 'no "chosen" and "rejected"'),
+        (PreferenceRules(), {"prompt": "你", "chosen": "我"}, 'no "rejected" answer'),
         (PreferenceRules(), {"chosen": "我", "rejected": "他"}, 'no "prompt"'),
         (PreferenceRules(), {"chosen": ANSWERED, "rejected": ANSWERED[2:]}, "different prompts"),
     ],
