@@ -12,6 +12,7 @@ from model.demo.files import write_exam, write_heldout, write_raw_files
 from model.demo.world import DEFAULT_DIRECTORY, DemoWorld
 from model.errors import UserError
 from model.evaluation.scoring import score_answer
+from model.tokenizer import encode_text, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +206,16 @@ def test_heldout_preferences_are_about_other_facts(world, files):
     assert not {fact.answer for fact in world.preferred} & {fact.answer for fact in world.heldout_preferred}
 
 
-@pytest.mark.parametrize("kind", ["train", "heldout"])
-def test_length_does_not_tell_the_better_answer(files, kind):
-    rows = json.loads((files[0] if kind == "train" else files[1])["dpo"].read_text(encoding="utf-8"))
-    longer = sum(
-        (len(row["chosen"]) > len(row["rejected"])) + 0.5 * (len(row["chosen"]) == len(row["rejected"])) for row in rows
-    )
-    assert 0.4 < longer / len(rows) < 0.6
+@pytest.mark.parametrize("part", [0, 1], ids=["train", "heldout"])
+@pytest.mark.parametrize("unit", ["characters", "tokens"])
+def test_length_does_not_tell_the_better_answer(files, part, unit):
+    """Whoever takes the longer answer, or the shorter, is right about half the time; a tie is half right."""
+    tokenizer = load_tokenizer()
+    size = len if unit == "characters" else lambda text: len(encode_text(tokenizer, text))
+    rows = json.loads(files[part]["dpo"].read_text(encoding="utf-8"))
+    differences = [size(row["chosen"]) - size(row["rejected"]) for row in rows]
+    longer = sum(difference > 0 for difference in differences) + differences.count(0) / 2
+    assert 0.45 < longer / len(rows) < 0.55
 
 
 def test_multi_turn_tests_tell_before_they_ask(files):
