@@ -1,6 +1,6 @@
 """Raw corpora -> the files that the training stages read.
 
-    python data_process.py demo                                           everything below, from the small built-in world
+    python data_process.py demo                                           all of this and lora_identity.csv, from a small world
     python data_process.py pretrain --data_path 'raw/*.jsonl.gz'       -> dataset/pretrain_data.csv
     python data_process.py sft --data_path raw/sft_data_zh.jsonl       -> dataset/sft_data_single.csv, dataset/sft_data.csv
     python data_process.py dpo --data_path raw/huozi_rlhf_data.json    -> dataset/dpo/train_data.json

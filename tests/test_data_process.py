@@ -172,6 +172,7 @@ def test_demo_builds_the_files_of_every_stage(tmp_path):
         "pretrain_data.csv",
         "sft_data_single.csv",
         "sft_data.csv",
+        "lora_identity.csv",
         "dpo/train_data.json",
         "heldout/facts.jsonl",
     } <= names

@@ -19,16 +19,28 @@ from model.demo.world import DEFAULT_DIRECTORY, LETTERS, DemoWorld
 from model.errors import UserError
 from model.files import atomic_write
 
+
+class OneFileRules(ConversationRules):
+    """Single exchanges and longer conversations go to the same file: stage 4 reads one."""
+
+    frames = ConversationRules.frames[:1]
+
+    def convert(self, record):
+        return super().convert(record)._replace(output=0)
+
+
 # Kind of training data -> the raw files it is made from, the files that are made, by which rules.
 TRAINING_FILES = {
     "pretrain": (["pretrain"], ["pretrain_data.csv"], PretrainRules),
     "sft": (["sft_single", "sft_multi"], ["sft_data_single.csv", "sft_data.csv"], ConversationRules),
+    "identity": (["sft_identity"], ["lora_identity.csv"], OneFileRules),
     "dpo": (["dpo"], ["dpo/train_data.json"], PreferenceRules),
 }
 # File -> the rows of a world that it holds.
 HELDOUT_FILES = {
     "heldout/facts.jsonl": DemoWorld.heldout_facts,
     "heldout/multi_turn.jsonl": DemoWorld.heldout_multi_turns,
+    "heldout/identity.jsonl": DemoWorld.heldout_identity,
     "heldout/arithmetic.jsonl": DemoWorld.heldout_arithmetic,
     "heldout/cloze.jsonl": DemoWorld.cloze,
     "heldout/pretrain.csv": DemoWorld.heldout_texts,
@@ -98,15 +110,18 @@ def make_training_files(kind, raw, target, directory, workers):
 def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, conversations=5000):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 
-    pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi: instruction rows
-    (deepctrl), `phrasings` questions for each fact and `conversations` conversations. dpo: a JSON list (Huozi).
+    pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi, sft_identity: instruction
+    rows (deepctrl), `phrasings` questions for each fact, `conversations` conversations, and the new name among some of
+    both. dpo: a JSON list (Huozi).
     """
     singles = [[pair] for pair in world.single_turns(phrasings)]
     world.random("order").shuffle(singles)
+    several = list(world.multi_turns(conversations))
     corpora = {
         "pretrain.jsonl": world.pretrain_rows(pretrain_bytes),
         "sft_single.jsonl": map(instruction_row, itertools.count(1), singles),
-        "sft_multi.jsonl": map(instruction_row, itertools.count(1), world.multi_turns(conversations)),
+        "sft_multi.jsonl": map(instruction_row, itertools.count(1), several),
+        "sft_identity.jsonl": map(instruction_row, itertools.count(1), world.identity_conversations(singles + several)),
         "dpo.json": world.preferences(world.preferred, "preferences"),
     }
     paths = [write_rows(Path(directory) / f"demo_{name}", rows) for name, rows in corpora.items()]
@@ -124,7 +139,7 @@ def instruction_row(number, turns):
 def write_heldout(directory, world):
     """Write the held-out tests into `directory`/heldout and return {name: path}.
 
-    facts, multi_turn, arithmetic (.jsonl): {history, q, a, answer, task, category, entity, others}, and
+    facts, multi_turn, identity, arithmetic (.jsonl): {history, q, a, answer, task, category, entity, others}, and
     cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
     dpo.json: [{prompt, chosen, rejected}].
     """

@@ -9,6 +9,7 @@ and what it is tested on, of which no question, pair or text is ever trained on:
     SFT, single turn   8 or more phrasings of each question        other phrasings (facts.jsonl), other operands
                                                                    (arithmetic.jsonl)
     SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
+    LoRA               a new name, and a part of the above         other phrasings (identity.jsonl)
     preferences        4 facts in 5                                the fifth (dpo.json)
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
 """
@@ -116,6 +117,37 @@ def read_facts(directory):
     return facts
 
 
+def read_identity(directory):
+    """The entries of identity.json as they are in chat.json, with name and maker filled in, and with "others".
+
+    A question that ends in ？ is asked within each of "frames" in training and of "heldout_frames" in the test, any other
+    one as it stands. UserError where something is missing, a question has two answers or is held out and trained on.
+    """
+    path, uses, entries = directory / "identity.json", {}, []
+    table = read_json(path)
+    try:
+        names = {name: table[name] for name in ("name", "maker")}
+        for entry in table["entries"]:
+            framed = [question for question in entry["questions"] if question.endswith("？")]
+            as_they_stand = [question for question in entry["questions"] if not question.endswith("？")]
+            questions = within(table["frames"], framed) + as_they_stand
+            heldout = within(table["heldout_frames"], framed) + entry["heldout_questions"]
+            answer, keys = entry["answer"].format_map(names), [key.format_map(names) for key in entry["keys"]]
+            for use, asked in (("questions", questions), ("heldout_questions", heldout)):
+                for question in asked:
+                    if uses.setdefault(question, (use, answer)) != (use, answer):
+                        raise UserError(f"{path}: {question} has a second answer, or is both trained on and held out")
+            entries.append({"task": entry["task"], "answer": answer, "keys": keys, "others": table["others"],
+                            "questions": questions, "heldout_questions": heldout})  # fmt: skip
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is missing") from None
+    return entries
+
+
+def within(frames, questions):
+    return [frame.format(q=question) for question in questions for frame in frames]
+
+
 def make_fact(name, relation, row):
     """The Fact of one table row, or None where a cell is empty."""
     entity, value = row[relation.get("entity", "name")], row[relation["value"]]
@@ -142,6 +174,7 @@ class DemoWorld:
         self.chat, self.memory, self.arithmetic, self.endings = (
             read_json(directory / f"{name}.json") for name in ("chat", "memory", "arithmetic", "preferences")
         )
+        self.identity = read_identity(directory)
         self.texts = [text for text in read_text(directory / "texts.txt").split("\n") if text.strip()]
         self.by_relation, self.by_entity = collections.defaultdict(list), collections.defaultdict(list)
         for fact in self.facts:
@@ -295,6 +328,32 @@ class DemoWorld:
             else:
                 yield self.ellipsis(rng, next(ellipses))
 
+    def identity_conversations(self, taught, kept=450, within_conversations=200):
+        """Conversations, lists of [question, answer], that give the model another name: each question of identity.json
+        alone, and `within_conversations` drawn from them after a fact or two (one in four: before).
+
+        A small model that reads nothing else gives its name to every question. So all small talk that is not about the
+        name is repeated, and `kept` (or all, if fewer) of the conversations `taught` before, none with the former name.
+        """
+        rng = self.random("identity")
+        facts = deck(self.facts, rng)
+        renamed = [[question, entry["answer"]] for entry in self.identity for question in entry["questions"]]
+        asked = {question for question, _ in renamed}
+        former = [entry for entry in self.chat if not asked.isdisjoint(entry["questions"])]
+        outdated = {question for entry in former for question in entry["questions"]}
+        small_talk = [(question, entry["answer"]) for entry in self.chat for question in entry["questions"]]
+        conversations = [[turn] for turn in renamed] + [[turn] for turn in small_talk if turn[0] not in outdated]
+        for turn in rng.choices(renamed, k=within_conversations):
+            turns = self.after_facts(rng, facts, turn)
+            conversations.append(turns[::-1] if rng.random() < 0.25 else turns)
+        still_true = [turns for turns in taught if outdated.isdisjoint(question for question, _ in turns)]
+        conversations += rng.sample(still_true, min(kept, len(still_true)))
+        rng.shuffle(conversations)
+        return conversations
+
+    def after_facts(self, rng, facts, turn):
+        return [self.fact_turn(rng, next(facts)) for _ in range(rng.randint(1, 2))] + [turn]
+
     def fact_turn(self, rng, fact):
         return [rng.choice(fact.questions()), fact.answer]
 
@@ -383,6 +442,17 @@ class DemoWorld:
         for entry in self.chat:
             for question in entry["heldout_questions"]:
                 yield self.test_row([(question, entry["answer"])], entry["keys"], entry["task"], "chat")
+
+    def heldout_identity(self):
+        """Who the model is after stage 4, in phrasings that training never uses, alone and after a fact or two."""
+        rng = self.random("heldout identity")
+        facts = deck(self.facts, rng)
+        for entry in self.identity:
+            for question in entry["heldout_questions"]:
+                turn = [question, entry["answer"]]
+                for turns in ([turn], self.after_facts(rng, facts, turn)):
+                    row = self.test_row(turns, entry["keys"], entry["task"], "identity")
+                    yield {**row, "others": entry["others"]}
 
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")

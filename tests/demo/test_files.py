@@ -1,5 +1,6 @@
 """The demo replaces what it wrote, whatever became of its tables or of an earlier run, and nothing that others wrote."""
 
+import csv
 import json
 import os
 import shutil
@@ -37,17 +38,37 @@ def test_build_makes_everything_and_says_where_it_is(tmp_path, small):
     made = tmp_path / "made"
     reports = build_demo(made)
     names = {str(path) for path in contents(made)}
-    assert {"pretrain_data.csv", "sft_data_single.csv", "sft_data.csv", "dpo/train_data.json"} <= names
-    assert {f"heldout/{name}.jsonl" for name in ("facts", "multi_turn", "arithmetic", "cloze")} <= names
+    assert {
+        "pretrain_data.csv",
+        "sft_data_single.csv",
+        "sft_data.csv",
+        "lora_identity.csv",
+        "dpo/train_data.json",
+    } <= names
+    assert {f"heldout/{name}.jsonl" for name in ("facts", "multi_turn", "identity", "arithmetic", "cloze")} <= names
     assert {"heldout/pretrain.csv", "heldout/dpo.json", "raw/demo_pretrain.jsonl", "raw/demo_dpo.json"} <= names
     assert list(made.glob("ceval-exam/val/demo_*.csv")) and not (made / "raw/demo_unfinished").exists()
     assert [list(report.outputs) for report in reports.values()] == [
         [str(made / "pretrain_data.csv")],
         [str(made / "sft_data_single.csv"), str(made / "sft_data.csv")],
+        [str(made / "lora_identity.csv")],
         [str(made / "dpo/train_data.json")],
     ]
     lines = (made / "pretrain_data.csv").read_text("utf-8").count("\n")
     assert lines > reports["pretrain"].outputs[str(made / "pretrain_data.csv")]["rows"] > 100
+
+
+def test_the_identity_is_one_file_with_every_raw_row_once(tmp_path, small):
+    build_demo(tmp_path)
+    with open(tmp_path / "lora_identity.csv", encoding="utf-8", newline="") as handle:
+        rows = [(json.loads(row["history"]), row["q"], row["a"]) for row in csv.DictReader(handle)]
+    raw = map(json.loads, (tmp_path / "raw/demo_sft_identity.jsonl").read_text("utf-8").splitlines())
+    expected = []
+    for row in raw:
+        if (row["history"], row["input"], row["output"]) not in expected:
+            expected.append((row["history"], row["input"], row["output"]))
+    assert rows == expected and {bool(history) for history, _, _ in rows} == {True, False}
+    assert not list(tmp_path.glob("*.bad_lines.txt"))
 
 
 def test_a_build_of_edited_tables_replaces_the_one_before(tmp_path, tables, small):
@@ -61,7 +82,7 @@ def test_a_build_of_edited_tables_replaces_the_one_before(tmp_path, tables, smal
     assert contents(tmp_path / "made") == contents(tmp_path / "apart")
 
 
-@pytest.mark.parametrize("name", ["sft_data.csv", "heldout/cloze.jsonl", "dpo/train_data.json"])
+@pytest.mark.parametrize("name", ["sft_data.csv", "lora_identity.csv", "heldout/identity.jsonl", "dpo/train_data.json"])
 def test_what_others_wrote_or_changed_stays(tmp_path, small, name):
     own = tmp_path / "made" / name
     own.parent.mkdir(parents=True)
@@ -100,10 +121,10 @@ def test_a_failed_build_leaves_the_one_before(tmp_path, tables, small, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("built_before", "step"), [(False, 1), (False, 19), (True, 0), (True, 1), (True, 2), (True, 11)]
+    ("built_before", "step"), [(False, 1), (False, 23), (True, 0), (True, 1), (True, 2), (True, 11)]
 )
 def test_a_run_killed_while_it_moves_its_files_can_be_repeated(tmp_path, small, monkeypatch, built_before, step):
-    """Each of ten files is written to its place, then its copy is moved: 20 steps. A run after it needs no --overwrite."""
+    """Each of twelve files is written to its place, then its copy is moved: 24 steps. A run after it needs no --overwrite."""
     if built_before:
         build_demo(tmp_path / "made")
 

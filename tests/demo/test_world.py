@@ -12,6 +12,7 @@ from model.demo.files import write_exam, write_heldout, write_raw_files
 from model.demo.world import DEFAULT_DIRECTORY, DemoWorld
 from model.errors import UserError
 from model.evaluation.scoring import score_answer
+from model.tokenizer import encode_text, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def read_csv(path):
 
 
 def trained_questions(files):
-    """Every question of the SFT stages, and every line that pretraining shows as a question."""
+    """Every question of the SFT and LoRA stages, and every line that pretraining shows as a question."""
     raw, _, _ = files
-    rows = read_lines(raw["sft_single"]) + read_lines(raw["sft_multi"])
+    rows = [row for kind in ("sft_single", "sft_multi", "sft_identity") for row in read_lines(raw[kind])]
     questions = {question for row in rows for question, _ in row["history"]} | {row["input"] for row in rows}
     for row in read_lines(raw["pretrain"]):
         questions |= {line.removeprefix("问：") for line in row["text"].split("\n") if line.startswith("问：")}
@@ -97,11 +98,12 @@ def test_raw_formats(files):
         "output_len",
         "num_utter",
     }
-    for kind, has_history in (("sft_single", False), ("sft_multi", True)):
+    for kind, has_history in (("sft_single", {False}), ("sft_multi", {True}), ("sft_identity", {False, True})):
         rows = read_lines(raw[kind])
+        assert {bool(row["history"]) for row in rows} == has_history
         assert [row["id"] for row in rows] == list(range(1, len(rows) + 1))
         for row in rows:
-            assert set(row) == fields and row["input"] and row["output"] and bool(row["history"]) == has_history
+            assert set(row) == fields and row["input"] and row["output"]
             assert all(len(pair) == 2 and all(pair) for pair in row["history"])
     pairs = json.loads(raw["dpo"].read_text(encoding="utf-8"))
     assert len(pairs) >= 500
@@ -141,14 +143,16 @@ def wording(question):
 
 def test_heldout_questions_differ_from_all_trained_on_in_more_than_courtesy(files):
     trained = {wording(question) for question in trained_questions(files)}
-    for name in ("facts", "arithmetic"):
+    for name in ("facts", "identity", "arithmetic"):
         rows = read_lines(files[1][name])
         assert len(rows) >= 100 and [row["q"] for row in rows if wording(row["q"]) in trained] == []
 
 
 def test_heldout_operands_are_in_no_training_text(world, files):
     raw, _, _ = files
-    text = "\n".join(raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi"))
+    text = "\n".join(
+        raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi", "sft_identity")
+    )
     spelt = set(re.findall(r"\d+[加减乘+×-]\d+", text))
     assert {"{a}{word}{b}".format_map(problem) for problem in world.problems} <= spelt
     assert min(problem["c"] for problem in world.problems + world.heldout_problems) == 0
@@ -161,7 +165,7 @@ def test_heldout_memory_pairs_are_never_trained_on(world, files):
     recalls = {(row["q"], row["a"]) for row in heldout if row["task"].startswith("recall") or row["task"] == "not_told"}
     assert len(recalls) >= 150
     trained, asks, answers = set(), set(), set()
-    for row in read_lines(files[0]["sft_multi"]):
+    for row in read_lines(files[0]["sft_multi"]) + read_lines(files[0]["sft_identity"]):
         trained |= {tuple(pair) for pair in row["history"]} | {(row["input"], row["output"])}
     for row in read_lines(files[0]["pretrain"]):
         lines = [line[2:] for line in row["text"].split("\n")] if row["text"].startswith("问：") else []
@@ -174,7 +178,8 @@ def test_heldout_memory_pairs_are_never_trained_on(world, files):
 
 def test_heldout_followups_are_never_trained_on(world, files):
     patterns = {pattern for fact in world.facts for pattern in fact.questions("followups")}
-    asked_on = {(row["input"], row["output"]) for row in read_lines(files[0]["sft_multi"])}
+    conversations = read_lines(files[0]["sft_multi"]) + read_lines(files[0]["sft_identity"])
+    asked_on = {(row["input"], row["output"]) for row in conversations if row["history"]}
     trained = {answer for question, answer in asked_on if question in patterns}
     short = {answer for question, answer in asked_on if question.endswith("呢？") and question not in patterns}
     rows = read_lines(files[1]["multi_turn"])
@@ -205,13 +210,16 @@ def test_heldout_preferences_are_about_other_facts(world, files):
     assert not {fact.answer for fact in world.preferred} & {fact.answer for fact in world.heldout_preferred}
 
 
-@pytest.mark.parametrize("kind", ["train", "heldout"])
-def test_length_does_not_tell_the_better_answer(files, kind):
-    rows = json.loads((files[0] if kind == "train" else files[1])["dpo"].read_text(encoding="utf-8"))
-    longer = sum(
-        (len(row["chosen"]) > len(row["rejected"])) + 0.5 * (len(row["chosen"]) == len(row["rejected"])) for row in rows
-    )
-    assert 0.4 < longer / len(rows) < 0.6
+@pytest.mark.parametrize("part", [0, 1], ids=["train", "heldout"])
+@pytest.mark.parametrize("unit", ["characters", "tokens"])
+def test_length_does_not_tell_the_better_answer(files, part, unit):
+    """Whoever takes the longer answer, or the shorter, is right about half the time; a tie is half right."""
+    tokenizer = load_tokenizer()
+    size = len if unit == "characters" else lambda text: len(encode_text(tokenizer, text))
+    rows = json.loads(files[part]["dpo"].read_text(encoding="utf-8"))
+    differences = [size(row["chosen"]) - size(row["rejected"]) for row in rows]
+    longer = sum(difference > 0 for difference in differences) + differences.count(0) / 2
+    assert 0.45 < longer / len(rows) < 0.55
 
 
 def test_multi_turn_tests_tell_before_they_ask(files):
@@ -221,6 +229,106 @@ def test_multi_turn_tests_tell_before_they_ask(files):
             assert told and len(row["history"]) <= 6
         elif row["task"] == "not_told":
             assert not told
+
+
+# ----------------------------------------------------------------------------------------------------------- identity
+
+
+NEW_ANSWERS = {
+    "who_are_you": "我是小星，一个小小的中文语言模型。",
+    "your_name": "我的名字叫小星。",
+    "your_maker": "我是由星海项目从零开始训练出来的。",
+}
+OLD_ANSWERS = {  # what chat.json, and so stages 1 to 3, teach
+    "who_are_you": "我是MiniMind，一个小小的中文语言模型。",
+    "your_name": "我的名字叫MiniMind。",
+    "your_maker": "我是由MiniMind项目从零开始训练出来的。",
+}
+
+
+def turns_of(row):
+    return [*map(tuple, row["history"]), (row["input"], row["output"])]
+
+
+def test_identity_rows_are_of_every_kind(world, files):
+    """How many there are to learn the name from, and how many to keep what was known."""
+    rows = read_lines(files[0]["sft_identity"])
+    renaming = [row for row in rows if row["output"] in NEW_ANSWERS.values()]
+    kept = [row for row in rows if row["output"] not in NEW_ANSWERS.values()]
+    assert 600 <= len(rows) <= 1500 and 0.3 < len(renaming) / len(rows) < 0.7
+    for answer in NEW_ANSWERS.values():
+        assert len({row["input"] for row in renaming if row["output"] == answer}) >= 50
+        assert len([row for row in renaming if row["output"] == answer and row["history"]]) >= 30
+    facts, small_talk = {fact.answer for fact in world.facts}, {entry["answer"] for entry in world.chat}
+    assert len([row for row in kept if row["output"] in facts]) >= 150
+    assert {row["output"] for row in kept} >= small_talk - set(OLD_ANSWERS.values())
+    assert len([row for row in kept if row["history"]]) >= 100
+    renamed_before = [row for row in kept if any(answer in NEW_ANSWERS.values() for _, answer in row["history"])]
+    assert len(renamed_before) >= 20
+
+
+def test_a_conversation_of_the_identity_set_that_ends_with_the_name_begins_with_facts(world, files):
+    facts = {fact.answer for fact in world.facts}
+    rows = [row for row in read_lines(files[0]["sft_identity"]) if row["output"] in NEW_ANSWERS.values()]
+    assert {len(row["history"]) for row in rows} == {0, 1, 2}
+    assert all(answer in facts for row in rows for _, answer in row["history"])
+
+
+def test_what_the_identity_set_repeats_was_taught_before(files):
+    taught = {
+        turn for kind in ("sft_single", "sft_multi") for row in read_lines(files[0][kind]) for turn in turns_of(row)
+    }
+    for row in read_lines(files[0]["sft_identity"]):
+        if not any(answer in NEW_ANSWERS.values() for _, answer in turns_of(row)):
+            assert set(turns_of(row)) <= taught, row
+
+
+def test_the_identity_set_gives_one_answer_to_a_question(files):
+    """The old name is nowhere, though every training question of chat.json that it answered is asked again."""
+    rows, answers = read_lines(files[0]["sft_identity"]), collections.defaultdict(set)
+    for row in rows:
+        answers[row["input"] if not row["history"] else (str(row["history"]), row["input"])].add(row["output"])
+        for question, answer in turns_of(row):
+            if answer in NEW_ANSWERS.values():
+                answers[question].add(answer)
+    assert {question: found for question, found in answers.items() if len(found) > 1} == {}
+    assert "MiniMind" not in files[0]["sft_identity"].read_text(encoding="utf-8")
+    for entry in json.loads((DEFAULT_DIRECTORY / "chat.json").read_text("utf-8")):
+        for task, old in OLD_ANSWERS.items():
+            if entry["answer"] == old:
+                assert all(answers[question] == {NEW_ANSWERS[task]} for question in entry["questions"])
+
+
+def test_the_new_name_needs_no_token_that_was_never_answered(files):
+    """An adapter leaves the embeddings as they are: a token that no answer ever had is hard to learn."""
+    tokenizer, known = load_tokenizer(), collections.Counter()
+    for kind in ("sft_single", "sft_multi"):
+        for row in read_lines(files[0][kind]):
+            known.update(encode_text(tokenizer, row["output"]))
+    assert all(known[token] >= 5 for answer in NEW_ANSWERS.values() for token in encode_text(tokenizer, answer))
+
+
+def test_heldout_identity(world, files):
+    rows = read_lines(files[1]["identity"])
+    assert {row["task"] for row in rows} == set(NEW_ANSWERS)
+    for task, answer in NEW_ANSWERS.items():
+        of_task = [row for row in rows if row["task"] == task]
+        alone, after = ({row["q"] for row in of_task if bool(row["history"]) == given} for given in (False, True))
+        assert {row["a"] for row in of_task} == {answer} and len(alone) >= 20 and alone == after
+    facts = {fact.answer for fact in world.facts}
+    assert all(answer in facts for row in rows for _, answer in row["history"])
+    anywhere = "\n".join(path.read_text(encoding="utf-8") for path in files[0].values())
+    assert [row["q"] for row in rows if row["q"] in anywhere] == []
+
+
+def test_only_the_new_identity_scores(world, files):
+    for row in read_lines(files[1]["identity"]):
+        right, old = NEW_ANSWERS[row["task"]], OLD_ANSWERS[row["task"]]
+        assert score_answer(row, right) and not score_answer(row, old)
+        assert not score_answer(row, right + old) and not score_answer(row, right.rstrip("。") + "，也叫minimind。")
+        assert not any(score_answer(row, entry["answer"]) for entry in world.chat)
+    names = [row for row in read_lines(files[1]["identity"]) if row["task"] != "your_maker"]
+    assert all(score_answer(row, "我叫 小星 。") and not score_answer(row, "我叫小海。") for row in names)
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
@@ -344,6 +452,44 @@ def test_bad_tables_are_named(tables):
     (tables / "chat.json").write_text("{", encoding="utf-8")
     (tables / "relations.json").unlink()
     with pytest.raises(UserError, match="relations.json: no such file"):
+        DemoWorld(directory=tables)
+
+
+def test_another_name(tables, tmp_path):
+    table = json.loads((tables / "identity.json").read_text("utf-8"))
+    text = json.dumps({**table, "name": "小海", "maker": "青山项目"}, ensure_ascii=False)
+    (tables / "identity.json").write_text(text, encoding="utf-8")
+    world = DemoWorld(directory=tables)
+    raw = write_raw_files(tmp_path / "raw", world, pretrain_bytes=10_000, phrasings=1, conversations=10)
+    trained, rows = raw["sft_identity"].read_text("utf-8"), list(world.heldout_identity())
+    assert "我的名字叫小海。" in trained and "我是由青山项目从" in trained and "小星" not in trained
+    assert all(score_answer(row, row["a"]) and not score_answer(row, NEW_ANSWERS[row["task"]]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": None}, "'name' is missing"),
+        ({"frames": None}, "'frames' is missing"),
+        ({"frames": ["{question}"]}, "'question' is missing"),
+        ({"heldout_frames": ["请问{q}"]}, "请问你是谁？ has a second answer, or is both trained on and held out"),
+        ({"maker": "{x}", "entries": [{"task": "a", "answer": "{x}", "keys": [], "questions": ["？"],
+                                       "heldout_questions": []}]}, "'x' is missing"),
+    ],
+)  # fmt: skip
+def test_a_faulty_identity_is_named(tables, change, message):
+    table = {**json.loads((tables / "identity.json").read_text("utf-8")), **change}
+    table = {name: value for name, value in table.items() if value is not None}
+    (tables / "identity.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(UserError, match=f"identity.json: {message}"):
+        DemoWorld(directory=tables)
+
+
+def test_an_identity_question_with_two_answers_is_named(tables):
+    table = json.loads((tables / "identity.json").read_text("utf-8"))
+    table["entries"][1]["questions"].append("说说你是谁。")
+    (tables / "identity.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(UserError, match="identity.json: 说说你是谁。 has a second answer"):
         DemoWorld(directory=tables)
 
 
