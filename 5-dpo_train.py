@@ -61,9 +61,10 @@ def main():
     options = dict(validation_path=held_out, seed=args.seed, cache_dir=args.cache_dir)
     train, validation = open_preference_data(data_path, tokenizer, model.config.max_seq_len, **options)
     print_once(f"{data_path}: " + "\n".join(train.report.summary()))
-    parts = ("to train on", train), ("held out", validation)
-    shares = [f"{pairs.longer_is_chosen:.1%} of the pairs {name}" for name, pairs in parts if len(pairs)]
-    print_once(f"length alone: the chosen answer is the longer one in {', '.join(shares)}")
+    parts = {"training": train, "held_out": validation}
+    longer = {name: pairs.longer_is_chosen for name, pairs in parts.items() if len(pairs)}
+    shares = ", ".join(f"{share:.1%} ({name.replace('_', ' ')})" for name, share in longer.items())
+    print_once(f"length alone: the chosen answer is the longer one in {shares} of the pairs")
     chosen, rejected = ({name: part[row] for name, part in train[0].items()} for row in (0, 1))
     print_once(f"sample, learned part in brackets, chosen: {describe_sample(tokenizer, chosen, max_tokens=120)}")
     print_once(f"rejected: {describe_sample(tokenizer, rejected, max_tokens=120)}")
@@ -75,7 +76,8 @@ def main():
     loss_function = PreferenceLoss(policy, tokenizer, preferences, args.out_dir, args.seed)
     identity = {f"--{name}": getattr(preferences, name) for name in ("beta", "loss_type", "sft_weight")}
     identity["--init_from (its contents)"] = parent["sha256"]
-    names = dict(stage=STAGE.name, parent=parent, identity=identity, metadata={"dpo": vars(preferences)})
+    described = {**vars(preferences), "longer_is_chosen": longer}
+    names = dict(stage=STAGE.name, parent=parent, identity=identity, metadata={"dpo": described})
     trainer = PreferenceTrainer(
         policy, tokenizer, train, validation, settings, loss_function=loss_function, strategy=StockModel, **names
     )

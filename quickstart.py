@@ -22,13 +22,23 @@ from model.files import atomic_write
 from model.stages import STAGES
 
 MODEL = "--preset minimind-tiny --optimizer muon"
-# Stage -> what it is trained with. Small batches: with few tokens to see, more steps teach more than smoother ones. The
-# last round learns slower, so that it forgets less of what the one before taught.
+# Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Small batches: with few tokens
+# to see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came before.
 RECIPE = {
-    "pretrain": "--learning_rate 3e-3 --epochs 1 --batch_size 8",
-    "single_chat/full_sft": "--learning_rate 2e-3 --epochs 2 --batch_size 32",
-    "multi_chat/full_sft": "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
-}
+    "pretrain": ("pretrain", "pretrain_data.csv", "--learning_rate 3e-3 --epochs 1 --batch_size 8"),
+    "single_chat/full_sft": (
+        "single_chat/full_sft", "sft_data_single.csv", "--learning_rate 2e-3 --epochs 2 --batch_size 32",
+    ),
+    "multi_chat/full_sft": (
+        "multi_chat/full_sft", "sft_data.csv", "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
+    ),
+    "lora_identity": (
+        "lora", "lora_identity.csv", "--lora_name identity --lora_rank 16 --learning_rate 2e-3 --epochs 3 --batch_size 32",
+    ),
+    "dpo": (
+        "dpo", "dpo/train_data.json", "--learning_rate 1e-4 --sft_weight 0.1 --epochs 2 --batch_size 16",
+    ),
+}  # fmt: skip
 
 
 def run(command, stdout=None):
@@ -80,9 +90,9 @@ class Progress:
     had finished. There is no such file once quickstart has finished.
     """
 
-    def __init__(self, out_dir, commands, data_paths, started):
+    def __init__(self, out_dir, commands, data_paths, started, moe=False):
         self.path, self.started = out_dir / "quickstart.json", started
-        self.descriptions = {name: out_dir / f"{name}_192.json" for name in commands}
+        self.descriptions = {name: out_dir / f"{name}_192{'_moe' if moe else ''}.json" for name in commands}
         data = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in data_paths}
         found, recipe = read_json(self.path), {"commands": commands, "data": data}
         if found.get("recipe") == recipe:
@@ -139,13 +149,13 @@ def result_of(command):
     return json.loads(result)
 
 
-def accuracy(checkpoint, test, max_steps):
+def accuracy(checkpoint, test, max_steps, more=""):
     """Share of the held-out questions in the file `test` that `checkpoint` answers right; of 20 of them if max_steps."""
     if max_steps:
         few = test.with_name(f"few_{test.name}")
         few.write_text("".join(test.read_text("utf-8").splitlines(keepends=True)[:20]), "utf-8")
         test = few
-    command = f"2-eval.py --checkpoint {quoted(checkpoint)} --prompt_file {quoted(test)} --max_new_tokens 48"
+    command = f"2-eval.py --checkpoint {quoted(checkpoint)}{more} --prompt_file {quoted(test)} --max_new_tokens 48"
     return result_of(command)["accuracy"]
 
 
@@ -153,21 +163,27 @@ def main():
     parser = script_parser(__doc__)
     parser.add_argument("--data_dir", type=Path, default=Path("dataset/demo"), help="default: %(default)s")
     parser.add_argument("--out_dir", type=Path, default=Path("out/quickstart"), help="default: %(default)s")
+    parser.add_argument(
+        "--use_moe", action="store_true", help="a mixture of experts: the same road, about twice as long"
+    )
     few = "stop each stage early and ask 20 questions a test: does every command work?"
     parser.add_argument("--max_steps", type=positive_int, help=few)
     args = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent)
     started = float(os.environ.get("QUICKSTART_STARTED") or time.time())  # make's: the installation counts too
+    model = MODEL + (" --use_moe" if args.use_moe else "")
     stop = f" --max_steps {args.max_steps}" if args.max_steps else ""
 
     run(f"data_process.py demo --output_dir {quoted(args.data_dir)}")
-    data_paths = {name: args.data_dir / Path(STAGES[name].data_path).name for name in RECIPE}
     saving = f"--out_dir {quoted(args.out_dir)} --eval_interval 1000 --save_interval 100"
-    commands = {
-        name: f"{STAGES[name].command} --data_path {quoted(data_paths[name])} {MODEL} {flags} {saving}{stop}"
-        for name, flags in RECIPE.items()
-    }
-    progress = Progress(args.out_dir, commands, data_paths.values(), started)
+    data_paths, commands = [], {}
+    for name, (stage, file, flags) in RECIPE.items():
+        path = args.data_dir / file
+        if stage == "dpo":
+            flags += f" --validation_path {quoted(heldout(args, 'dpo.json'))}"
+        data_paths.append(path)
+        commands[name] = f"{STAGES[stage].command} --data_path {quoted(path)} {model} {flags} {saving}{stop}"
+    progress = Progress(args.out_dir, commands, data_paths, started, args.use_moe)
     try:
         train(commands, progress)
         result = examine(args, progress)
@@ -191,39 +207,73 @@ def train(commands, progress):
             raise stopped()
 
 
+def heldout(args, name):
+    """The demo's file of held-out questions of that name."""
+    return args.data_dir / "heldout" / name
+
+
 def examine(args, progress):
-    """Ask the two chat models the held-out questions, let the last one sit the exam and export it, show answers and the
-    table; returns what the last line says."""
+    """Ask the chat models the held-out questions, with and without the adapter, let the last one sit the exam and export it,
+    show answers and the table; returns what the last line says."""
     from model.demo.files import exam_folder
 
-    records = [progress.record(name) for name in RECIPE]
-    _, single, chat = (path.with_suffix(".pth") for path in progress.descriptions.values())
-    tokens, seconds = (sum(record[name] for record in records) for name in ("tokens_seen", "train_seconds"))
+    records = {name: progress.record(name) for name in RECIPE}
+    paths = {name: path.with_suffix(".pth") for name, path in progress.descriptions.items()}
+    single, multi, adapter, last = list(paths.values())[1:]
+    tokens, seconds = (sum(record[name] for record in records.values()) for name in ("tokens_seen", "train_seconds"))
 
-    tests = {name: args.data_dir / "heldout" / f"{name}.jsonl" for name in ("facts", "arithmetic", "multi_turn")}
-    before = {name: accuracy(single, test, args.max_steps) for name, test in tests.items()}
-    after = {name: accuracy(chat, test, args.max_steps) for name, test in tests.items()}
+    def ask(checkpoint, *names, more=""):
+        return {name: accuracy(checkpoint, heldout(args, f"{name}.jsonl"), args.max_steps, more) for name in names}
+
+    with_adapter = f" --lora {quoted(adapter)}"
+    scores = {
+        "single-turn": ask(single, "facts", "multi_turn", "arithmetic"),
+        "multi-turn": ask(multi, "facts", "multi_turn", "arithmetic", "identity"),
+        "+ adapter": ask(multi, "facts", "identity", more=with_adapter),
+        "DPO": ask(last, "facts", "multi_turn"),
+    }
+    preferences = records["dpo"]["validation"]["reward_accuracy"]
+    scores["DPO"]["preferences"] = preferences
     exam = f"--data_dir {quoted(exam_folder(args.data_dir))} --results_dir {quoted(args.out_dir / 'ceval')}"
-    ceval = result_of(f"eval_ceval.py --checkpoint {quoted(chat)} {exam}")
-    gguf = args.out_dir / "export" / "gguf" / "chat.gguf"
-    for flags in (f"llama --output {quoted(gguf.parent.parent / 'llama')}", f"gguf --output {quoted(gguf)}"):
-        run(f"export_model.py --checkpoint {quoted(chat)} --force --format {flags}")
-    run(f"2-eval.py --checkpoint {quoted(chat)} --temperature 0 --max_new_tokens 48")
-    print(f"\n{'held-out accuracy':20s}{'single-turn SFT':>18s}{'multi-turn SFT':>18s}")
-    for name in tests:
-        print(f"{name:20s}{before[name]:18.1%}{after[name]:18.1%}")
-    print(f"{'exam of 4 options':20s}{'':18s}{ceval['accuracy']:18.1%}  {ceval['verdict']}")
-    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(chat)} --interactive")
+    ceval = result_of(f"eval_ceval.py --checkpoint {quoted(last)} {exam}")
+    scores["DPO"]["exam"] = ceval["accuracy"]
+    gguf, stock = args.out_dir / "export" / "gguf" / "chat.gguf", "granitemoe" if args.use_moe else "llama"
+    for flags in (f"{stock} --output {quoted(gguf.parent.parent / stock)}", f"gguf --output {quoted(gguf)}"):
+        run(f"export_model.py --checkpoint {quoted(last)} --force --format {flags}")
+    for more in ("", with_adapter):
+        run(
+            f"2-eval.py --checkpoint {quoted(multi)}{more} --temperature 0 --max_new_tokens 48 --prompt 你是谁？ --prompt 你叫什么？"
+        )
+    run(f"2-eval.py --checkpoint {quoted(last)} --temperature 0 --max_new_tokens 48")
+    print_table(scores)
+    longer = records["dpo"]["dpo"]["longer_is_chosen"]["held_out"]
+    print(
+        f"preferences: {preferences:.1%} of the held-out pairs; choosing by length alone {max(longer, 1 - longer):.1%}"
+    )
+    print(f"exam of 4 options: {ceval['verdict']}")
+    print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(last)} --interactive")
     print(f"with llama.cpp:  llama-cli -m {quoted(gguf)} --jinja\n")
     return {
-        "facts_heldout_accuracy": round(after["facts"], 4),
-        "multi_turn_accuracy": round(after["multi_turn"], 4),
+        "facts_heldout_accuracy": round(scores["multi-turn"]["facts"], 4),
+        "multi_turn_accuracy": round(scores["multi-turn"]["multi_turn"], 4),
+        "identity_accuracy": round(scores["+ adapter"]["identity"], 4),
+        "facts_with_adapter": round(scores["+ adapter"]["facts"], 4),
+        "preference_accuracy": round(preferences, 4),
+        "facts_after_dpo": round(scores["DPO"]["facts"], 4),
         "exam_accuracy": round(ceval["accuracy"], 4),
-        "pretrain_val_bpb": round(records[0]["validation_bits_per_byte"], 4),
+        "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
         "seconds_train": round(seconds, 1),
         "seconds_total": round(progress.seconds_total(), 1),
         "tokens_per_second": round(tokens / seconds),
     }
+
+
+def print_table(scores):
+    """One line for each held-out test, one column for each model that was asked."""
+    print(f"\n{'held-out accuracy':20s}" + "".join(f"{model:>14s}" for model in scores))
+    for test in dict.fromkeys(test for asked in scores.values() for test in asked):
+        cells = (f"{asked[test]:.1%}" if test in asked else "" for asked in scores.values())
+        print(f"{test:20s}" + "".join(f"{cell:>14s}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from conftest import ROOT
 STAGE = """
 import json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
-name = "pretrain" if sys.argv[0].startswith("1") else "multi_chat/full_sft" if "--multi" in words else "single_chat/full_sft"
+names = {"1": "pretrain", "3": "single_chat/full_sft", "4": "lora_identity", "5": "dpo"}
+name = "multi_chat/full_sft" if "--multi" in words else names[sys.argv[0][0]]
 path = pathlib.Path(words[words.index("--out_dir") + 1], name + "_192.json")
 assert pathlib.Path(words[words.index("--data_path") + 1]).exists()
 assert not path.exists() or "--resume" in words or "--overwrite" in words, "refused"
@@ -36,6 +37,7 @@ def save():
     path.parent.mkdir(parents=True, exist_ok=True)
     record = dict(step=step, total_steps=6, tokens_seen=10 * step, train_seconds=float(step), when=time.time_ns())
     record["validation_bits_per_byte"] = 1.0
+    record.update(validation={"reward_accuracy": 0.75}, dpo={"longer_is_chosen": {"held_out": 0.5}})
     path.write_text(json.dumps(record))
 log(f"from {step}" + "".join(f" {word}" for word in words if word in ("--resume", "--overwrite")))
 while not stops:
@@ -57,10 +59,11 @@ log(f"to {step}")
 DATA = """
 import pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-(folder / "heldout").mkdir(parents=True, exist_ok=True)
-for name in ("pretrain_data.csv", "sft_data_single.csv", "sft_data.csv"):
+for name in ("heldout", "dpo"):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+for name in ("pretrain_data.csv", "sft_data_single.csv", "sft_data.csv", "lora_identity.csv", "dpo/train_data.json"):
     (folder / name).write_text(pathlib.Path("source").read_text())
-for name in ("facts", "arithmetic", "multi_turn"):
+for name in ("facts", "arithmetic", "multi_turn", "identity"):
     (folder / "heldout" / f"{name}.jsonl").write_text("{}")
 """
 
@@ -72,7 +75,8 @@ def folder(tmp_path):
     shutil.copytree(
         ROOT / "model", tmp_path / "model", ignore=shutil.ignore_patterns("minimind_tokenizer", "__pycache__")
     )
-    scripts = {"1-pretrain.py": STAGE, "3-full_sft.py": STAGE, "data_process.py": DATA}
+    scripts = dict.fromkeys(("1-pretrain.py", "3-full_sft.py", "4-lora_sft.py", "5-dpo_train.py"), STAGE)
+    scripts["data_process.py"] = DATA
     scripts |= dict.fromkeys(("2-eval.py", "eval_ceval.py"), 'print(\'{"accuracy": 0.5, "verdict": "so"}\')')
     for name, text in {**scripts, "export_model.py": "", "source": "x"}.items():
         (tmp_path / name).write_text(text, "utf-8")
@@ -124,6 +128,7 @@ def finish(folder, *words):
 
 WHOLE = ["pretrain from 0", "pretrain to 6", "single_chat/full_sft from 0", "single_chat/full_sft to 6"]
 WHOLE += ["multi_chat/full_sft from 0", "multi_chat/full_sft to 6"]
+WHOLE += ["lora_identity from 0", "lora_identity to 6", "dpo from 0", "dpo to 6"]
 REST = ["single_chat/full_sft from 3 --resume", "single_chat/full_sft to 6", *WHOLE[4:]]
 OVER = [line.replace("from 0", "from 0 --overwrite") for line in WHOLE]
 WAY_ON = "error: stopped; to go on where it was: make quickstart"
@@ -138,7 +143,7 @@ def test_a_signal_is_passed_on_the_stage_saves_and_the_next_start_goes_on(folder
     assert log(folder)[-1] == "single_chat/full_sft to 3"
     result, done = finish(folder)
     assert done == REST and not (folder / "out/quickstart/quickstart.json").exists()
-    assert result["seconds_train"] == 18 and result["tokens_per_second"] == 10
+    assert result["seconds_train"] == 30 and result["tokens_per_second"] == 10
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_stage_once(folder):
@@ -180,7 +185,7 @@ def test_kill_9_and_a_stage_stopped_alone_go_on_too(folder):
     assert log(folder)[:2] == REST[:2]
     os.kill(stage, signal.SIGINT)
     assert process.communicate(timeout=20)[1].splitlines() == [WAY_ON] and process.returncode == 1
-    assert finish(folder)[1] == ["multi_chat/full_sft from 3 --resume", "multi_chat/full_sft to 6"]
+    assert finish(folder)[1] == ["multi_chat/full_sft from 3 --resume", "multi_chat/full_sft to 6", *WHOLE[6:]]
 
 
 def test_a_finished_one_starts_over_and_its_checkpoints_do_not_count_as_new(folder):

@@ -121,7 +121,7 @@ class Trainer:
         loss_function=language_model_loss, strategy=DataParallel,
     ):  # fmt: skip
         self.model, self.stage, self.parent, self.loss_function = model, stage, parent, loss_function
-        self.metadata = metadata or {}
+        self.metadata = dict(metadata or {})
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
         self.settings = settings = settings.resolved(self.device, ranks.world_size())
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
@@ -475,7 +475,9 @@ class Trainer:
         record = dict(step=state.step, validation_loss=loss)
         if bits_per_byte is not None:
             record["validation_bits_per_byte"] = bits_per_byte
-        record.update((f"validation_{name}", number) for name, number in further.items())
+        if further:
+            record.update((f"validation_{name}", number) for name, number in further.items())
+            self.metadata["validation"] = further
         self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
 
     @property
