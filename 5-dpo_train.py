@@ -14,6 +14,7 @@ The loss starts at ln 2 = 0.6931. Watch margin and accuracy of the held-out pair
 """
 
 import shlex
+from pathlib import Path
 
 from model.cli import add_flags, add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
@@ -89,7 +90,8 @@ def main():
     if trainer.train():
         path = shlex.quote(str(trainer.path))
         print_once(f"{trainer.path} is written; talk to it:  python 2-eval.py --checkpoint {path}")
-        compare = f"--checkpoint {shlex.quote(str(start_from))} --checkpoint {path} --report out/dpo.md"
+        report = shlex.quote(str(Path(args.out_dir) / "dpo.md"))
+        compare = f"--checkpoint {shlex.quote(str(start_from))} --checkpoint {path} --report {report}"
         print_once(f"side by side with what it was:  python 2-eval.py {compare}")
     trainer.close()
 

@@ -132,7 +132,11 @@ class TrainingSettings(Checked):
     num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)
     log_interval: int = flag(10, "steps between log lines (default: {default})", least=1)
     eval_interval: int = flag(500, "steps between validations (default: {default})", least=1)
-    eval_tokens: int = flag(100_000, "held-out tokens per validation, 0: all (default: {default})", least=0)
+    eval_tokens: int = flag(
+        100_000,
+        "held-out tokens, or pairs where these are learned, per validation, 0: all (default: {default})",
+        least=0,
+    )
     save_interval: int = flag(500, "steps between checkpoints (default: {default})", least=1)
     use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
     wandb_project: str = flag("MiniMind", "default: {default}")

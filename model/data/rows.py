@@ -16,6 +16,7 @@ PLACES_KEPT = 10
 GIVE_UP_AFTER = 1000  # rows without a single good one: it is the wrong file, not a bad row
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CARRIAGE_RETURN_MARK = "\udc0d"  # a lone surrogate: no decoded text contains it
+HALF_A_PAIR = "half a surrogate pair in the text"
 UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -83,14 +84,23 @@ def parse_json(data):
         pass  # of what it refuses, NaN and the like are written by Python's own json and many others: not an error
     try:
         value = json.loads(data if isinstance(data, str) else data.decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()
+        whole = can_be_encoded(value)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("half a surrogate pair in the text") from None
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
+    if not whole:
+        raise ValueError(HALF_A_PAIR)
     return value
+
+
+def can_be_encoded(value):
+    """Whether a parsed JSON value has no half of a surrogate pair in its texts."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_object(data):
@@ -135,7 +145,11 @@ def iter_json_rows(path, report=None):
         yield from iter_json_lines(path, report)
         return
     for number, item in enumerate(parse_list(path, data), 1):
-        problem = None if isinstance(item, dict) else "not a JSON object"
+        problem = None
+        if not isinstance(item, dict):
+            problem = "not a JSON object"
+        elif not can_be_encoded(item):
+            problem = HALF_A_PAIR
         yield f"{path}: item {number}", None if problem else item, problem
 
 

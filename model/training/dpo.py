@@ -3,8 +3,8 @@
     loss = -ln sigmoid(beta (ln p(chosen) / r(chosen) - ln p(rejected) / r(rejected)))
 
 with p the policy's probability of a whole answer and r that of the reference, a frozen copy of what the policy was at first.
-trl's DPOTrainer computes it (and IPO, Azar et al. 2023, arXiv 2310.12036) on a stock class of transformers that
-model.convert makes; steps, ranks, saving, resuming and logs are those of every other stage.
+trl's DPOTrainer computes it (and IPO, Azar et al. 2023, arXiv 2310.12036, of log-probabilities per token) on a stock
+class of transformers that model.convert makes; steps, ranks, saving, resuming and logs are those of every other stage.
 
 Shape letters: P pairs, T tokens, E experts, k experts a token, N = 2 P * T.
 """
@@ -20,6 +20,7 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from model.convert import load_stock_weights, stock_model, weights_of_stock_model
+from model.data.dataset import IGNORED
 from model.errors import UserError
 from model.model import MoEGate, Transformer
 from model.training import ranks
@@ -55,12 +56,13 @@ class Policy(nn.Module):
         except ValueError as error:
             raise UserError(f"--init_from: {error}; DPO needs a stock class") from None
         self.last_hidden_state, self.routing, self.gates = None, [], []
+        self.stock.base_model.register_forward_pre_hook(self.forget_routing)
         self.stock.base_model.register_forward_hook(self.note_hidden_state)
         if self.config.use_moe:
             with torch.device("meta"):  # for their balance loss alone
                 self.gates = [MoEGate(self.config) for _ in range(self.config.n_layers)]
             for layer in self.stock.base_model.layers:
-                layer.block_sparse_moe.router.register_forward_hook(self.note_routing)
+                layer.block_sparse_moe.router.register_forward_hook(self.route)
 
     @property
     def device(self):
@@ -69,19 +71,26 @@ class Policy(nn.Module):
     def note_hidden_state(self, module, arguments, output):
         self.last_hidden_state = output.last_hidden_state.detach()
 
-    def note_routing(self, module, arguments, output):
-        self.routing.append((output[0], output[2]))  # logits [N, E], experts [N, k]
+    def forget_routing(self, module, arguments):
+        self.routing = []
+
+    def route(self, router, arguments, output):
+        """Once more in float32, which MoEGate decides in whatever --dtype: else training would use other experts than chat."""
+        (hidden_states,) = arguments
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits, weights, experts = router.forward(hidden_states.to(router.weight.dtype))  # [N, E], [N, k], [N, k]
+        self.routing.append((logits, experts))
+        return logits, weights, experts
 
     def forward(self, **inputs):
         """What the stock model gives for its keyword arguments."""
-        self.routing = []
         return self.stock(**inputs)
 
     def balance_loss(self, attention_mask):
         """The MoE balance loss of the last forward pass, as a Transformer has it (0 when dense); mask [2 P, T]."""
         total = attention_mask.new_zeros((), dtype=torch.float32)
         for gate, (logits, experts) in zip(self.gates, self.routing):
-            scores = logits.float().softmax(dim=-1).view(*attention_mask.shape, -1)
+            scores = logits.softmax(dim=-1).view(*attention_mask.shape, -1)
             total = total + gate.balance_loss(scores, experts.view(*attention_mask.shape, -1), attention_mask)
         return total
 
@@ -103,7 +112,8 @@ class StockModel(DataParallel):
         try:
             load_stock_weights(self.model.stock, weights, self.model.config)
         except (RuntimeError, KeyError) as error:
-            raise UserError(f"{path}: {str(error).splitlines()[0]}; omit --resume") from None
+            problem = str(error).splitlines()[-1].strip()  # of the first tensor, below torch's heading
+            raise UserError(f"{path}: {problem}; omit --resume") from None
 
 
 class PreferenceLoss:
@@ -115,11 +125,8 @@ class PreferenceLoss:
     def __init__(self, policy, tokenizer, settings, out_dir, seed):
         self.policy, self.settings, device = policy, settings, policy.device
         self.reference = copy.deepcopy(policy).requires_grad_(False).eval()
-        types, weights = [settings.loss_type], [1.0]
-        if settings.sft_weight:
-            types, weights = [*types, "sft"], [*weights, settings.sft_weight]
         config = DPOConfig(
-            output_dir=str(out_dir), beta=settings.beta, loss_type=types, loss_weights=weights, seed=seed, report_to="none",
+            output_dir=str(out_dir), beta=settings.beta, loss_type=settings.loss_type, seed=seed, report_to="none",
             use_cpu=device.type == "cpu", bf16=False, gradient_checkpointing=False, disable_tqdm=True,
             router_aux_loss_coef=0.0,  # ours, which is another formula, is added
         )  # fmt: skip
@@ -133,23 +140,28 @@ class PreferenceLoss:
         policy.to(device), self.reference.to(device)  # back from where trl's own choice of a device has put them
         if ranks.world_size() > 1:  # the loop adds up over ranks; here they may have different numbers of pairs
             self.trl.accelerator.gather = self.trl.accelerator.gather_for_metrics = lambda tensor: tensor
-        self.sums = {
-            True: collections.Counter(),
-            False: collections.Counter(),
-        }  # by whether the policy is being trained
+        self.sums = {training: collections.Counter() for training in (True, False)}
 
     def __call__(self, model, batch, num_items):
         """(loss, balance loss) of a batch of PreferenceDataset; see loop.language_model_loss."""
-        labels, pairs = batch["labels"], count_pairs(batch)
+        pairs, labels = count_pairs(batch), batch["labels"]
         mask = batch.get("attention_mask", torch.ones_like(labels))
-        answers = (labels != -100).long()
-        if not pairs:  # a rank without rows keeps step; its loss must be a number before it is multiplied by zero
-            answers[:, 1:] = 1
-        loss = self.trl.compute_loss(
-            model, dict(input_ids=batch["input_ids"], attention_mask=mask, completion_mask=answers)
-        )
+        loss, log_probabilities = self.preference_loss(model, batch["input_ids"], labels, mask)
+        if self.settings.sft_weight:
+            loss = loss + self.settings.sft_weight * chosen_loss(log_probabilities, labels)
         self.note(pairs, labels)
         return loss * pairs / num_items, self.policy.balance_loss(mask)
+
+    def preference_loss(self, model, input_ids, labels, mask):
+        """trl's mean over the pairs of a batch, and ln p of the answers' tokens [2 P, T - 1], 0 at other places."""
+        outputs = []
+
+        def noted(**inputs):
+            outputs.append(model(**inputs))
+            return outputs[0]
+
+        inputs = dict(input_ids=input_ids, attention_mask=mask, completion_mask=(labels != IGNORED).long())
+        return self.trl.compute_loss(noted, inputs), outputs[0].log_probs
 
     def note(self, pairs, labels):
         """Add what trl has measured on the last batch, and the divergence from the reference, to the sums."""
@@ -159,13 +171,13 @@ class PreferenceLoss:
             sums[ours] += measured[theirs][-1] * pairs
         measured.clear()
         sums["pairs"] += pairs
-        sums["tokens"] += int((labels != -100).sum())
+        sums["tokens"] += int((labels != IGNORED).sum())
         sums["kl"] += float(self.divergence(labels))
 
     @torch.no_grad()
     def divergence(self, labels):
         """Sum of KL(policy || reference) of the next token over all places of the answers in the last batch, nats."""
-        places, total = labels[:, 1:] != -100, labels.new_zeros((), dtype=torch.float32)
+        places, total = labels[:, 1:] != IGNORED, labels.new_zeros((), dtype=torch.float32)
         models = self.policy, self.reference
         states = [model.last_hidden_state[:, :-1][places].split(KL_ROWS) for model in models]
         for parts in zip(*states):
@@ -187,14 +199,12 @@ class PreferenceLoss:
 
     @torch.no_grad()
     def at_start(self, batch):
-        """The preference loss of a batch while policy and reference are the same, without the sft term, a float, and what it
-        must be then: ln 2, or (1 / (2 beta))^2 for IPO. Raises UserError where it is not."""
-        types, weights = self.trl.loss_types, self.trl.loss_weights
-        self.trl.loss_types, self.trl.loss_weights = types[:1], weights[:1]
-        loss = float(self(self.policy, batch, 1)[0]) / count_pairs(batch)
-        self.trl.loss_types, self.trl.loss_weights = types, weights
-        self.sums[self.policy.training].clear()
-        expected = math.log(2) if types[0] == "sigmoid" else 1 / (4 * self.settings.beta**2)
+        """The preference loss of a batch while policy and reference are the same, a float, and what it must be then: ln 2, or
+        (1 / (2 beta))^2 for IPO. Raises UserError where it is not."""
+        labels = batch["labels"]
+        mask = batch.get("attention_mask", torch.ones_like(labels))
+        loss = float(self.preference_loss(self.policy, batch["input_ids"], labels, mask)[0])
+        expected = math.log(2) if self.settings.loss_type == "sigmoid" else 1 / (4 * self.settings.beta**2)
         if not math.isclose(loss, expected, rel_tol=1e-3):
             raise UserError(
                 f"the loss before the first step is {loss:.4f}, not {expected:.4f}: policy and reference differ"
@@ -202,9 +212,17 @@ class PreferenceLoss:
         return loss, expected
 
 
+def chosen_loss(log_probabilities, labels):
+    """Next-token loss of the chosen answers, the mean over each answer's tokens and then over the answers (Pang et al. 2024,
+    arXiv 2404.19733, eq. 2). trl's own is a mean over all tokens of a micro-batch: it would depend on how a step is split."""
+    lengths = (labels[:, 1:] != IGNORED).sum(dim=1).clamp(min=1)
+    per_answer = -log_probabilities.sum(dim=1) / lengths
+    return per_answer[: len(per_answer) // 2].mean()
+
+
 def count_pairs(batch):
     """How many pairs of a batch have an answer that is learned."""
-    learned = (batch["labels"] != -100).any(dim=1)
+    learned = (batch["labels"] != IGNORED).any(dim=1)
     return int(learned[: len(learned) // 2].sum())
 
 
@@ -217,7 +235,8 @@ class PreferenceTrainer(Trainer):
         """(pairs, rows, real tokens, 0, T): the loss is divided by pairs."""
         mask, (rows, length) = batch.get("attention_mask"), batch["labels"].shape
         pairs = count_pairs(batch)
-        return pairs, 2 * pairs, rows * length if mask is None else int(mask.sum()), 0, length
+        tokens = rows * length if mask is None else int(mask.sum())
+        return pairs, 2 * pairs, tokens if pairs else 0, 0, length  # a rank without pairs only keeps step
 
     def further_numbers(self):
         return self.loss_function.take_numbers()

@@ -65,6 +65,8 @@ def measure(batch, byte_lengths):
     """(supervised targets, rows with any, real tokens, UTF-8 bytes of the targets, T) of a micro-batch on the CPU."""
     targets = batch["labels"][:, 1:]
     supervised = targets != -100
+    if not supervised.any():
+        return 0, 0, 0, 0, targets.shape[1] + 1  # a rank without rows, which keeps step
     mask = batch.get("attention_mask")
     tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
     size = int(byte_lengths[targets[supervised]].sum())
@@ -83,6 +85,7 @@ class RunState:
         "train_seconds",
         "validation_loss",
         "validation_bits_per_byte",
+        "validation",
     )
 
     step: int = 0  # optimizer steps done
@@ -92,6 +95,7 @@ class RunState:
     train_seconds: float = 0.0
     validation_loss: float | None = None
     validation_bits_per_byte: float | None = None
+    validation: dict = dataclasses.field(default_factory=dict)  # further_numbers of it
     first_step: int = 0
     saved_step: int | None = None
     stopping: bool = False
@@ -121,7 +125,7 @@ class Trainer:
         loss_function=language_model_loss, strategy=DataParallel,
     ):  # fmt: skip
         self.model, self.stage, self.parent, self.loss_function = model, stage, parent, loss_function
-        self.metadata = dict(metadata or {})
+        self.metadata = metadata or {}
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
         self.settings = settings = settings.resolved(self.device, ranks.world_size())
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
@@ -469,15 +473,15 @@ class Trainer:
         if stops:
             if state.finished:  # what it had before is of other weights
                 state.validation_loss = state.validation_bits_per_byte = None
+                state.validation = {}
             return
         sums = dict(zip(sums, totals))
         loss, bits_per_byte = state.validation_loss, state.validation_bits_per_byte = mean_loss(sums)
+        state.validation = further
         record = dict(step=state.step, validation_loss=loss)
         if bits_per_byte is not None:
             record["validation_bits_per_byte"] = bits_per_byte
-        if further:
-            record.update((f"validation_{name}", number) for name, number in further.items())
-            self.metadata["validation"] = further
+        record.update((f"validation_{name}", number) for name, number in further.items())
         self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
 
     @property
@@ -505,6 +509,8 @@ class Trainer:
         state, total_steps = self.state, self.schedule.total_steps
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
         metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
+        if not state.validation:
+            del metadata["validation"]
         metadata.update(self.metadata)
         metadata["total_steps"] = total_steps if total_steps < math.inf else None
         metadata["peak_memory_bytes"] = peak_memory(self.device)

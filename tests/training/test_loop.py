@@ -135,6 +135,14 @@ def test_the_gradient_is_that_of_cross_entropy_plus_balance_loss(sft_csv, tmp_pa
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_a_batch_that_only_keeps_a_rank_in_step_counts_nothing(sft_csv, tmp_path, tokenizer):
+    run = make_trainer(sft_csv, tmp_path, tokenizer=tokenizer, sft=True)
+    batch = run.train_loader.dataset[[0]]
+    assert all(measure(batch, run.byte_lengths))
+    batch["labels"].fill_(-100)
+    assert run.measure(batch) == (0, 0, 0, 0, batch["labels"].shape[1])
+
+
 def test_the_remainder_of_an_epoch_is_a_smaller_step(pretrain_csv, tmp_path, tokenizer):
     seen = []
 
