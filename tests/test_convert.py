@@ -17,10 +17,13 @@ from model.convert import (
     fields_of_stock_config,
     half_split,
     interleaved,
+    load_stock_weights,
     state_of_stock_weights,
     stock_config,
+    stock_model,
     stock_type,
     stock_weights,
+    weights_of_stock_model,
 )
 from model.errors import UserError
 from model.LMConfig import LMConfig
@@ -99,6 +102,44 @@ def test_what_comes_back_is_bit_equal(tmp_path, name):
         if scaling["rope_type"] == "yarn":
             scaling.setdefault("original_max_position_embeddings", 32)
     assert model.config.to_dict() == expected and metadata["config"]["dim"] == ours.config.dim
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_stock_model_in_memory_computes_the_same_and_gives_the_weights_back(name):
+    """The class as transformers makes it from a folder is what to compare with: tests above show that it is ours."""
+    ours = trained_scale(shape(name))
+    stock = stock_model(ours)
+    assert type(stock).__name__.lower() == f"{stock_type(ours.config)}forcausallm"
+    assert stock.get_output_embeddings().weight is stock.get_input_embeddings().weight
+    ids = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = ours(ids).logits
+        assert logits.std() > 1
+        assert (stock.eval()(ids).logits - logits).abs().max() < 1e-3
+    back = weights_of_stock_model(stock, ours.config)
+    assert back.keys() == ours.state_dict().keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in ours.state_dict().items())
+    assert back["output.weight"] is back["tok_embeddings.weight"]  # saved once
+
+    other = trained_scale(shape(name), seed=1).state_dict()
+    load_stock_weights(stock, other, ours.config)
+    back = weights_of_stock_model(stock, ours.config)
+    assert all(torch.equal(back[key], tensor) for key, tensor in other.items())
+    before = ours.state_dict()["norm.weight"].clone()
+    stock.model.norm.weight.data.zero_()  # it is a copy
+    assert torch.equal(ours.state_dict()["norm.weight"], before)
+
+
+@pytest.mark.parametrize("name", ["llama", "granite, one shared expert"])
+def test_weights_that_do_not_fit_a_stock_model_are_refused(name):
+    ours = trained_scale(shape(name))
+    stock, state = stock_model(ours), ours.state_dict()
+    with pytest.raises(RuntimeError, match="model.norm.weight"):
+        load_stock_weights(stock, {**state, "norm.weight": torch.zeros(3)}, ours.config)
+    with pytest.raises(KeyError, match="attention.wo.weight"):
+        load_stock_weights(
+            stock, {key: state[key] for key in state if key != "layers.1.attention.wo.weight"}, ours.config
+        )
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, dim 50 in 4 heads", "granite, two shared experts"])

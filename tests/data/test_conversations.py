@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.conversations import BadRow, alternate, fit_turns, raw_conversation, to_columns, training_conversation
+from model.data.conversations import (
+    BadRow,
+    alternate,
+    fit_turns,
+    raw_conversation,
+    to_columns,
+    training_conversation,
+    training_preference,
+)
 from model.data.filters import ConversationRules, Dropped, PreferenceRules
 
 SYSTEM = {"role": "system", "content": "简短"}
@@ -112,6 +120,48 @@ def test_turns_without_known_role_or_text_are_bad_rows(turn):
 def test_a_preference_with_a_system_turn_has_messages_for_a_prompt(record):
     row = json.loads(PreferenceRules().convert(record).payload.removeprefix(b","))
     assert row == {"prompt": [SYSTEM, {"role": "user", "content": "你是谁？"}], **REPLIES}
+
+
+@pytest.mark.parametrize(
+    "record, earlier",
+    [
+        ({"prompt": "你是谁？"}, []),
+        ({"system": "简短", "question": "你是谁？", "history": ""}, [SYSTEM]),
+        ({"prompt": "你是谁？", "history": [SYSTEM, ["你好", "你好！"]]}, [SYSTEM, QUESTION, ANSWER]),
+        ({"prompt": "你是谁？", "history": '[["你好", "你好！"]]'}, [QUESTION, ANSWER]),
+        ({"messages": [SYSTEM, QUESTION, ANSWER, {"from": "human", "value": "你是谁？"}]}, [SYSTEM, QUESTION, ANSWER]),
+    ],
+)
+def test_a_training_preference_has_all_that_stands_before_the_answers(record, earlier):
+    question = {"role": "user", "content": "你是谁？"}
+    assert training_preference({**record, **REPLIES}) == ([*earlier, question], *REPLIES.values())
+
+
+def test_answers_of_a_training_preference_are_kept_as_they_are():
+    """Blanks, line breaks and control tokens are the answer's; two that differ in them alone are not the same."""
+    messages, chosen, rejected = training_preference({"prompt": " 问 ", "chosen": " 答\n", "rejected": " 答\n</s>"})
+    assert (messages[0]["content"], chosen, rejected) == (" 问 ", " 答\n", " 答\n</s>")
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (dict(chosen=None), 'no "chosen" answer'),
+        (dict(rejected=None), 'no "rejected" answer'),
+        (dict(chosen=" \n"), 'empty "chosen" answer'),
+        (dict(rejected=""), 'empty "rejected" answer'),
+        (dict(rejected=REPLIES["chosen"]), "the same"),
+        (dict(chosen=7), '"chosen" is not a text'),
+        (dict(prompt=None), 'no "prompt"'),
+        (dict(prompt=[QUESTION, ANSWER]), "does not end with the user"),
+        (dict(prompt=[{"role": "tool", "content": "x"}]), "unknown role"),
+        (dict(history=[["q"]]), '"history" is not a list'),
+    ],
+)
+def test_preferences_without_anything_to_learn_are_bad_rows(changes, reason):
+    record = {"prompt": "你是谁？", **REPLIES, **changes}
+    with pytest.raises(BadRow, match=reason):
+        training_preference({name: value for name, value in record.items() if value is not None})
 
 
 def test_preferences_within_a_conversation_are_dropped_with_a_system_turn_too():

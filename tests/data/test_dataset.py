@@ -16,6 +16,7 @@ from model.data.dataset import (
     PretrainDataset,
     batch_width,
     describe_sample,
+    open_preference_data,
     open_pretrain_data,
     open_sft_data,
     token_byte_lengths,
@@ -301,6 +302,163 @@ def test_what_is_shortened_or_left_out_is_counted(tmp_path):
     }
     for row in range(3):
         assert describe_sample(TOKENIZER, dataset[row]).split("⟦")[1][0] in "ab"
+
+
+# Pairs of answers
+
+
+def preference_data(directory, rows, max_seq_len, **options):
+    path = directory / "pairs.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return open_preference_data(path, TOKENIZER, max_seq_len, **{"validation_share": 0, **options})
+
+
+def sides(dataset, row):
+    """[(ids, labels) of the chosen and of the rejected side] of a pair, without padding."""
+    pair = dataset[row]
+    found = []
+    for side in range(2):
+        real = int(pair["attention_mask"][side].sum()) if "attention_mask" in pair else pair["input_ids"].shape[1]
+        assert (pair["labels"][side, real:] == IGNORED).all() and (pair["input_ids"][side, real:] == 0).all()
+        found.append(tuple(pair[name][side, :real].tolist() for name in ("input_ids", "labels")))
+    return found
+
+
+@st.composite
+def preference(draw):
+    """(messages up to a question, chosen, rejected): perhaps a system turn, exchanges, a question."""
+    say = contents.filter(str.strip)
+    roles = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(0, 2)) + ["user"]
+    prompt = [{"role": role, "content": draw(say)} for role in roles]
+    return prompt, *draw(st.tuples(answers, answers).filter(lambda pair: pair[0] != pair[1]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(preference(), min_size=1, max_size=6), max_seq_len=st.integers(8, 120))
+def test_both_sides_of_a_pair_are_the_rendered_conversation_behind_one_prompt(tmp_path_factory, rows, max_seq_len):
+    expected = []
+    for prompt, *pair in rows:
+        ids = [encode_text(TOKENIZER, answer) for answer in pair]
+        longer = fitted([*prompt, {"role": "assistant", "content": pair[len(ids[1]) > len(ids[0])]}], max_seq_len, True)
+        if longer is not None:
+            start = [label == IGNORED for label in longer[1]].index(False)
+            behind = encode_text(TOKENIZER, "\n")
+            expected.append([
+                (list(longer[0][:start]) + answer + [2] + behind, [IGNORED] * start + answer + [2] + [IGNORED] * len(behind))
+                for answer in ids
+            ])  # fmt: skip
+            if not dropped_or_cut(longer, prompt, pair, ids):
+                whole = [rendered([*prompt, {"role": "assistant", "content": answer}], True) for answer in pair]
+                assert expected[-1] == [fix(side) for side in whole]
+    directory = tmp_path_factory.mktemp("pairs")
+    records = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows]
+    if not expected:
+        with pytest.raises(UserError, match="no row left to learn from"):
+            preference_data(directory, records, max_seq_len)
+        return
+    dataset, validation = preference_data(directory, records, max_seq_len)
+    assert [sides(dataset, row) for row in range(len(dataset))] == expected and not len(validation)
+    lengths = [[len(ids) for ids, _ in pair] for pair in expected]
+    assert dataset.lengths.tolist() == [max(pair) for pair in lengths] and dataset.num_tokens == sum(map(sum, lengths))
+    assert max(map(max, lengths)) <= max_seq_len and dataset.report.kept == len(dataset)
+    wins = [1 if chosen > rejected else 0.5 if chosen == rejected else 0 for chosen, rejected in lengths]
+    assert dataset.longer_is_chosen == pytest.approx(sum(wins) / len(wins))
+
+
+def dropped_or_cut(longer, prompt, pair, ids):
+    messages = [*prompt, {"role": "assistant", "content": pair[len(ids[1]) > len(ids[0])]}]
+    return len(longer[0]) < len(rendered(messages)[0])
+
+
+def test_nothing_before_the_answer_is_learned(tmp_path):
+    history = [{"role": "system", "content": "简短"}, ["你好", "你好！"]]
+    row = {"prompt": "你是谁？", "history": history, "chosen": "我是</s>小助手。", "rejected": "不知道。"}
+    pair = preference_data(tmp_path, [row], 200)[0][0]
+    before = "<s>system\n简短</s>\n<s>user\n你好</s>\n<s>assistant\n你好！</s>\n<s>user\n你是谁？</s>\n<s>assistant\n"
+    shown = [describe_sample(TOKENIZER, {name: part[side] for name, part in pair.items()}) for side in (0, 1)]
+    assert shown == [f"{before}⟦我是</s>小助手。</s>⟧\n", f"{before}⟦不知道。</s>⟧\n"]
+    assert ((pair["labels"] == 2).sum(dim=1) == 1).all()  # the text </s> is no control token
+
+
+def test_a_batch_of_pairs_has_all_chosen_sides_then_all_rejected_ones(tmp_path):
+    rows = [{"prompt": f"问{row}", "chosen": "好" * (row + 1), "rejected": "坏" * (9 - 2 * row)} for row in range(5)]
+    dataset, _ = preference_data(tmp_path, rows, 100)
+    batch = dataset[[3, 0, 2]]
+    pairs = [sides(dataset, row) for row in (3, 0, 2)]
+    width = batch["input_ids"].shape[1]
+    assert dataset.lengths[0] <= width <= dataset.lengths[0] * 17 / 16
+    for place, (ids, labels) in enumerate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]):
+        assert batch["input_ids"][place].tolist() == ids + [0] * (width - len(ids))
+        assert batch["labels"][place].tolist() == labels + [IGNORED] * (width - len(ids))
+        assert batch["attention_mask"][place].tolist() == [1] * len(ids) + [0] * (width - len(ids))
+    one = dataset[np.array([4])]
+    assert all(torch.equal(one[name], tensor) for name, tensor in dataset[4].items()) and len(one["labels"]) == 2
+
+
+def test_length_alone_with_ties_and_without_pairs(tmp_path):
+    rows = [{"prompt": "问", "chosen": chosen, "rejected": rejected} for chosen, rejected in
+            (("啊啊", "哦哦"), ("啊啊", "哦"), ("啊", "哦哦"), ("啊", "哦"), ("啊啊啊", "哦"))]  # fmt: skip
+    train, validation = preference_data(tmp_path, rows, 60)
+    assert len(encode_text(TOKENIZER, "啊")) == len(encode_text(TOKENIZER, "哦"))
+    assert train.longer_is_chosen == (1 + 1 + 0.5 + 0.5) / 5 and validation.longer_is_chosen is None
+
+
+def test_pairs_that_do_not_fit_are_counted_and_named_and_keep_their_place_in_the_split(tmp_path):
+    """The rows that the seed draws for validation are the same at every --max_seq_len."""
+    long = "很长" * 100
+    rows = [{"prompt": f"q{row}", "chosen": f"a{row}", "rejected": long if row % 3 == 0 else "b"} for row in range(30)]
+    chosen = np.random.default_rng((5, 1)).choice(30, 6, replace=False).tolist()
+    for max_seq_len in (30, 400):
+        parts = preference_data(tmp_path, rows, max_seq_len, validation_share=0.2, seed=5)
+        for part, held_out in zip(parts, (False, True)):
+            texts = [TOKENIZER.decode(part[row]["input_ids"][0]) for row in range(len(part))]
+            found = [int(text.split("</s>")[0].partition("q")[2]) for text in texts]
+            assert found == [
+                row for row in range(30) if (row in chosen) == held_out and (row % 3 or max_seq_len == 400)
+            ]
+        reason = "an answer leaves no room for the question within --max_seq_len 30"
+        report = parts[0].report
+        assert report.dropped == ({reason: 10} if max_seq_len == 30 else {})
+    places = [f"{tmp_path / 'pairs.json'}: item {row + 1}" for row in range(0, 30, 3)]
+    assert preference_data(tmp_path, rows, 30)[0].report.places == {reason: places}
+
+
+def test_what_both_prompts_lose_is_what_the_longer_answer_costs(tmp_path):
+    rows = [
+        {"prompt": "问" * 50, "chosen": "好", "rejected": "坏" * 20},
+        {"prompt": "问" * 50, "chosen": "坏" * 20, "rejected": "好"},
+    ]
+    dataset, _ = preference_data(tmp_path, rows, 50)
+    assert dataset.report.notes == {"front of a long question cut": 2}
+    for row in range(2):
+        prompts = [
+            ids[: labels.index(next(label for label in labels if label != IGNORED))]
+            for ids, labels in sides(dataset, row)
+        ]
+        assert prompts[0] == prompts[1] and max(len(ids) for ids, _ in sides(dataset, row)) == 50
+
+
+def test_held_out_pairs_may_be_a_file_of_their_own(tmp_path):
+    row = {"prompt": "问", "chosen": "好", "rejected": "坏"}
+    other = tmp_path / "held_out.jsonl"
+    other.write_text("".join(json.dumps({**row, "prompt": f"h{number}"}) + "\n" for number in range(3)))
+    train, validation = preference_data(tmp_path, [row] * 4, 60, validation_share=0.5, validation_path=other)
+    assert (len(train), len(validation)) == (4, 3)
+    assert "h2" in TOKENIZER.decode(validation[2]["input_ids"][0]) and train.fingerprint != validation.fingerprint
+    other.write_text("{}\n")
+    with pytest.raises(UserError, match='held_out.jsonl: no row left to learn from.*no "chosen" answer'):
+        preference_data(tmp_path, [row] * 4, 60, validation_path=other)
+
+
+def test_no_pair_left_to_train_on_is_one_line(tmp_path):
+    """One of two fits, and it is the one held out."""
+    seed = next(seed for seed in range(9) if np.random.default_rng((seed, 1)).choice(2, 1, replace=False) == [0])
+    rows = [{"prompt": "问", "chosen": "好", "rejected": "坏"}, {"prompt": "问", "chosen": "好", "rejected": "坏" * 90}]
+    with pytest.raises(
+        UserError, match="no pair left to learn from at --max_seq_len 40; .*left out 1: an answer"
+    ) as caught:
+        preference_data(tmp_path, rows, 40, validation_share=0.5, seed=seed)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

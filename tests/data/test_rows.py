@@ -10,7 +10,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.rows import RowReport, iter_json_lines, iter_records
+from model.data.rows import RowReport, iter_json_lines, iter_json_rows, iter_records, parse_list
 from model.errors import UserError
 
 NASTY = [
@@ -204,6 +204,49 @@ def test_json_lines_with_their_places_and_problems(tmp_path):
         ("3", None, "not a JSON object"), ("4", None, "not JSON"), ("5", None, "not UTF-8"),
         ("6", None, "half a surrogate pair in the text"),
     ]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=50)
+@given(values=st.lists(texts, max_size=6), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
+def test_a_json_list_and_json_lines_hold_the_same_rows(tmp_path_factory, values, indent, ascii_only):
+    path, rows = tmp_path_factory.mktemp("rows") / "a.json", [{"text": value} for value in values]
+    path.write_text(" \n" + json.dumps(rows, indent=indent, ensure_ascii=ascii_only), encoding="utf-8-sig")
+    assert list(iter_json_rows(path)) == [(f"{path}: item {place}", row, None) for place, row in enumerate(rows, 1)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows), encoding="utf-8-sig")
+    assert list(iter_json_rows(path)) == [(f"{path}:{place}", row, None) for place, row in enumerate(rows, 1)]
+
+
+def test_rows_of_a_json_list_with_their_places_and_problems(tmp_path):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(b'[{"a": NaN}, [1],\n null, {"a": ["x", {"b": "\\ud83d"}]}, "\\ud83d\\ude00", {}]'))
+    (_, record, _), *others = iter_json_rows(path)
+    assert record["a"] != record["a"]
+    assert [(place.rsplit(" ", 1)[1], record, problem) for place, record, problem in others] == [
+        ("2", None, "not a JSON object"), ("3", None, "not a JSON object"),
+        ("4", None, "half a surrogate pair in the text"), ("5", None, "not a JSON object"), ("6", {}, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data, line, reason",
+    [
+        (b'[\n{"a": 1},\n{"a": }\n]', 3, "Expecting value at column 7"),
+        (b'[{"a": 1},\n', 2, "Expecting value at column 1"),
+        (b'[{"a": "x', 1, "Unterminated string"),
+        (b'[\n{"a": "\xff"}]', 2, "not UTF-8"),
+        (b"[" * 100_000, 1, "brackets within brackets"),
+        (b"[" + b"9" * 5000 + b"]", 1, "a number of thousands of digits"),
+        (b"[] []", 1, "Extra data"),
+    ],
+)
+def test_a_broken_json_list_names_its_line(tmp_path, data, line, reason):
+    path = tmp_path / "a.json"
+    path.write_bytes(data)
+    for read_list in (lambda: list(iter_json_rows(path)), lambda: parse_list(path, data)):
+        with pytest.raises(UserError, match="the JSON list cannot be read") as caught:
+            read_list()
+        message = str(caught.value)
+        assert message.startswith(f"{path}:{line}: ") and reason in message and "\n" not in message
 
 
 def test_json_columns_and_alternative(tmp_path):

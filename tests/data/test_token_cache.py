@@ -20,7 +20,7 @@ from test_rows import texts, write_csv
 from conftest import ROOT
 from model.data import token_cache
 from model.data.rows import RowReport
-from model.data.token_cache import PretrainEncoding, SFTEncoding, open_token_cache
+from model.data.token_cache import PreferenceEncoding, PretrainEncoding, SFTEncoding, open_token_cache
 from model.errors import UserError
 from model.tokenizer import encode_text, load_tokenizer
 
@@ -311,7 +311,9 @@ def test_workers_get_the_folder_not_the_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.csv", "folder.csv", "circle.csv"])
-@pytest.mark.parametrize("encoding", [PretrainEncoding(TOKENIZER), SFTEncoding(TOKENIZER, 64)])
+@pytest.mark.parametrize(
+    "encoding", [PretrainEncoding(TOKENIZER), SFTEncoding(TOKENIZER, 64), PreferenceEncoding(TOKENIZER, 64)]
+)
 def test_a_data_file_that_is_not_there_is_to_be_made(tmp_path, name, encoding):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "circle.csv").symlink_to("circle.csv")
@@ -561,3 +563,47 @@ def test_sft_cache_by_rows(tmp_path):
     assert cache.report.dropped.total() == 6 and cache.report.kept == 2
     lines = {place.rsplit(":", 1)[1] for places in cache.report.places.values() for place in places}
     assert lines == {"2", "4", "5", "6", "7", "8"}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_preference_cache_by_rows(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("model.data.token_cache.BLOCK_CHARACTERS", block)
+    path = tmp_path / "a.json"
+    pair = {"chosen": "好的", "rejected": "不"}
+    rows = [
+        {"prompt": "问", "history": [["早", "早！"]], **pair},
+        {"prompt": "问", "chosen": "好"},
+        "text",
+        {"prompt": "问", "chosen": "长" * 200, "rejected": "短"},
+        {"prompt": "问", "chosen": "好", "rejected": "好"},
+        {"prompt": "又问", "chosen": "</s>", "rejected": " "},
+        {"prompt": "又问", "chosen": "</s>", "rejected": "x"},
+    ]
+    path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    cache = open_token_cache(path, TOKENIZER, PreferenceEncoding(TOKENIZER, 64))
+    first = "<s>user\n早</s>\n<s>assistant\n早！</s>\n<s>user\n问</s>\n<s>assistant\n"
+    second = "<s>user\n又问</s>\n<s>assistant\n"
+    text = f"{first}好的</s>\n{first}不</s>\n{second}</s></s>\n{second}x</s>\n"
+    assert TOKENIZER.decode(cache.tokens) == text
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 2]) == "好的</s>不</s></s></s>x</s>"
+    assert TOKENIZER.decode(cache.tokens[cache.mask == 1]) == "早！</s>" * 2  # learned in stage 3, not here
+    lengths = cache.chosen_lengths + cache.rejected_lengths
+    assert np.cumsum(lengths).tolist() == cache.row_ends.tolist() and lengths[1] == 0 and len(lengths) == 3
+    assert cache.chosen_lengths[2] > cache.rejected_lengths[2] and cache.report.kept == 2 and cache.report.rows == 7
+    assert {reason: [place.removeprefix(f"{path}: item ") for place in places]
+            for reason, places in cache.report.places.items()} == {
+        'no "rejected" answer': ["2"],
+        "not a JSON object": ["3"],
+        "an answer leaves no room for the question within --max_seq_len 64": ["4"],
+        "chosen and rejected answer are the same": ["5"],
+        'empty "rejected" answer': ["6"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["", "[]", " \n[ ]\n"])
+def test_a_preference_file_without_rows_is_empty(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="a.json: is empty, it has no rows"):
+        open_token_cache(path, TOKENIZER, PreferenceEncoding(TOKENIZER, 64))
+    assert entries(tmp_path / ".cache") == []
