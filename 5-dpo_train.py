@@ -58,7 +58,7 @@ def main():
     print_once(f"weights, and the reference, from {parent['file']}")
 
     # Pairs of answers to one prompt; labels mark the answers.
-    held_out = check_data_file(args.validation_path, "dpo") if args.validation_path else None
+    held_out = check_data_file(args.validation_path, "dpo", "--validation_path") if args.validation_path else None
     options = dict(validation_path=held_out, seed=args.seed, cache_dir=args.cache_dir)
     train, validation = open_preference_data(data_path, tokenizer, model.config.max_seq_len, **options)
     print_once(f"{data_path}: " + "\n".join(train.report.summary()))

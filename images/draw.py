@@ -145,7 +145,8 @@ def draw_experts(axes, config):
 
 
 def draw_curves(logs):
-    """One panel per log: training loss of every report, validation loss as dots with their bits per byte."""
+    """One panel per log: training loss of every report, validation loss as dots with their bits per byte; of a log on pairs
+    of answers, which has none, accuracy and margin too."""
     import matplotlib.pyplot as pyplot
 
     figure, panels = pyplot.subplots(1, len(logs), figsize=(5.2 * len(logs), 3.8), squeeze=False)
@@ -154,23 +155,46 @@ def draw_curves(logs):
             records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a training log ({error})") from None
-        training = [(record["step"], record["loss"]) for record in records if "loss" in record]
-        held_out = [record for record in records if "validation_loss" in record]
-        if not training:
+        if not any("loss" in record for record in records):
             raise UserError(f"{path}: no step in it yet")
-        axes.plot(*zip(*training), linewidth=1, label="training")
-        axes.plot([r["step"] for r in held_out], [r["validation_loss"] for r in held_out], "o", label="held out")
-        for record in held_out[:1] + held_out[-1:]:
+        lines = draw_numbers(axes, records, "loss", "loss", "C0")
+        for record in held_out_ends(records):
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
             place = (record["step"], record["validation_loss"])
             axes.annotate(
                 text, place, textcoords="offset points", xytext=(-20 if record["step"] else 8, 12), fontsize=8
             )
-        axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel="loss (nats per token)")
+        preferences = any("reward_accuracy" in record for record in records)
+        unit = "per pair" if preferences else "nats per token"
+        axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel=f"loss ({unit})")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if preferences:
+            right = axes.twinx()
+            right.set_ylabel("accuracy, reward margin")
+            lines += draw_numbers(right, records, "reward_accuracy", "accuracy", "C2")
+            lines += draw_numbers(right, records, "reward_margin", "margin", "C1")
+            axes.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
+        else:
+            axes.legend()
     figure.tight_layout()
     return figure
+
+
+def draw_numbers(axes, records, name, title, color):
+    """One number of the log: a line through what training reports, dots for held-out rows; returns both."""
+    drawn = []
+    for key, style, label in ((name, "-", "training"), (f"validation_{name}", "o", "held out")):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            label = label if title == "loss" else f"{title}, {label}"
+            drawn += axes.plot(*zip(*points), style, color=color, linewidth=1, markersize=5, label=label)
+    return drawn
+
+
+def held_out_ends(records):
+    """The first and the last record of a validation in bits per byte."""
+    held_out = [record for record in records if "validation_bits_per_byte" in record]
+    return held_out[:1] + held_out[-1:]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""images/draw.py: what must not lie on top of each other in the diagrams."""
+"""images/draw.py: what must not lie on top of each other in the diagrams, what curves show."""
 
+import json
 import runpy
 
 import pytest
@@ -29,3 +30,67 @@ def test_no_line_of_a_diagram_crosses_a_text(preset):
             points = [start + (end - start) * part / 200 for part in range(201)]
             assert not any(frame.contains(*point) for point in points), text.get_text()
     pyplot.close(figure)
+
+
+def curves(tmp_path, *logs):
+    """The figure of draw_curves on these lists of records."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    for number, records in enumerate(logs):
+        paths.append(tmp_path / f"{number}.jsonl")
+        paths[-1].write_text("".join(json.dumps(record) + "\n" for record in records))
+    return runpy.run_path(str(ROOT / "images" / "draw.py"))["draw_curves"](paths)
+
+
+TOKENS = [
+    dict(step=0, validation_loss=6.0, validation_bits_per_byte=3.0),
+    dict(step=1, loss=6.0, bits_per_byte=3.0),
+    dict(step=2, loss=5.0, bits_per_byte=2.5),
+    dict(step=2, validation_loss=5.5, validation_bits_per_byte=2.75),
+]
+PAIRS = [
+    dict(step=0, validation_loss=0.69, validation_reward_accuracy=0.0, validation_reward_margin=0.0),
+    dict(step=1, loss=0.69, reward_accuracy=0.5, reward_margin=0.0),
+    dict(step=2, loss=0.4, reward_accuracy=0.75, reward_margin=0.8),
+    dict(step=2, validation_loss=0.5, validation_reward_accuracy=1.0, validation_reward_margin=0.6),
+]
+
+
+def drawn(axes):
+    return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+
+
+def test_curves_of_tokens_and_of_pairs(tmp_path):
+    from matplotlib import pyplot
+
+    figure = curves(tmp_path, TOKENS, PAIRS)
+    figure.canvas.draw()
+    tokens, pairs, right = figure.axes
+    assert drawn(tokens) == {"training": [[1, 6], [2, 5]], "held out": [[0, 6], [2, 5.5]]}
+    assert [text.get_text() for text in tokens.texts] == ["3.00 bits/byte", "2.75 bits/byte"]
+    assert drawn(pairs) == {"training": [[1, 0.69], [2, 0.4]], "held out": [[0, 0.69], [2, 0.5]]} and not pairs.texts
+    assert drawn(right) == {
+        "accuracy, training": [[1, 0.5], [2, 0.75]], "accuracy, held out": [[0, 0], [2, 1]],
+        "margin, training": [[1, 0], [2, 0.8]], "margin, held out": [[0, 0], [2, 0.6]],
+    }  # fmt: skip
+    assert (tokens.get_ylabel(), pairs.get_ylabel()) == ("loss (nats per token)", "loss (per pair)")
+    assert len({line.get_color() for line in [*pairs.lines, *right.lines]}) == 3
+    legend = pairs.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [*drawn(pairs), *drawn(right)]
+    assert not legend.get_window_extent().overlaps(pairs.xaxis.label.get_window_extent())
+    assert not legend.get_window_extent().overlaps(pairs.get_window_extent())
+    pyplot.close(figure)
+
+
+def test_a_log_without_validations_or_steps(tmp_path):
+    from matplotlib import pyplot
+
+    from model.errors import UserError
+
+    figure = curves(tmp_path, TOKENS[1:3], PAIRS[1:3])
+    assert list(drawn(figure.axes[0])) == ["training"] and len(figure.axes[2].lines) == 2
+    pyplot.close(figure)
+    with pytest.raises(UserError, match="0.jsonl: no step in it yet"):
+        curves(tmp_path, PAIRS[:1])

@@ -182,14 +182,14 @@ class TokenCache:
         return TokenCache, (self.folder,)  # a spawned worker maps the files itself instead of receiving them
 
 
-def check_data_file(path, kind):
+def check_data_file(path, kind, flag="--data_path"):
     """The Path of a data file of a `kind` ("pretrain", "sft" or "dpo"). Raises UserError, saying how to make it, when there is
     none."""
     path = Path(path)
     if not path.is_file():
         problem = "is no file" if path.exists() else "no such file"
         make = f"python data_process.py {kind} (of a raw corpus) or python data_process.py demo"
-        raise UserError(f"{path}: {problem}; make it with {make}, or name another with --data_path")
+        raise UserError(f"{path}: {problem}; make it with {make}, or name another with {flag}")
     return path
 
 
