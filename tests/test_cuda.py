@@ -1,8 +1,11 @@
 """What only a GPU can show; all of it is skipped without one."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_dpo_train import PAIR, save_chat
 
 from conftest import TINY, TINY_FLAGS, run_script
 from model.checkpoint import load_model
@@ -31,6 +34,24 @@ def test_training_lowers_the_loss_and_resumes(words, tmp_path, extra):
         assert process.returncode == 0, process.stderr
     name = "pretrain_32_moe" if "--use_moe" in extra else "pretrain_32"
     assert load_model(tmp_path / "out" / f"{name}.pth")[1]["step"] == 6
+
+
+@pytest.mark.parametrize("extra", [[], ["--use_moe"], ["--dtype", "bfloat16"], ["--dtype", "float16"], ["--compile"]])
+def test_preferences_give_the_losses_of_a_cpu(tmp_path, small_tokenizer, small_tokenizer_path, extra):
+    """On a GPU trl takes log-probabilities by another path, of the answers' places alone."""
+    chat = save_chat(tmp_path / "chat.pth", small_tokenizer, use_moe="--use_moe" in extra)
+    data = tmp_path / "pairs.json"
+    data.write_text(json.dumps([{**PAIR, "chosen": "烤鸭、" * (row % 4) + "面条"} for row in range(20)]))
+    words = ["5-dpo_train.py", "--init_from", chat, "--data_path", data, "--tokenizer_path", small_tokenizer_path]
+    words += ["--max_steps", 4, "--batch_size", 4, "--log_interval", 1, "--sft_weight", 0.2]
+    losses = []
+    for device, more in (("cpu", ["--dtype", "float32"]), ("cuda", ["--dtype", "float32", *extra])):
+        out = tmp_path / device
+        process = run_script(*words, "--out_dir", out, "--device", device, *more, timeout=400)
+        assert process.returncode == 0 and "first step: 0.6931" in process.stdout, process.stderr
+        log = [json.loads(line) for line in next((out / "logs").glob("*.jsonl")).read_text().splitlines()]
+        losses.append([record["loss"] for record in log if "loss" in record])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2 if "--dtype" in extra else 1e-3)
 
 
 def test_ddp_on_one_gpu_equals_no_ddp(monkeypatch):
