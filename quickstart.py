@@ -33,11 +33,10 @@ RECIPE = {
         "multi_chat/full_sft", "sft_data.csv", "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
     ),
     "lora_identity": (
-        "lora", "lora_identity.csv", "--lora_name identity --lora_rank 16 --learning_rate 2e-3 --epochs 3 --batch_size 32",
+        "lora", "lora_identity.csv",
+        "--lora_name identity --lora_rank 16 --optimizer adamw --learning_rate 1e-3 --epochs 2 --batch_size 8",
     ),
-    "dpo": (
-        "dpo", "dpo/train_data.json", "--learning_rate 1e-4 --sft_weight 0.1 --epochs 2 --batch_size 16",
-    ),
+    "dpo": ("dpo", "dpo/train_data.json", "--learning_rate 1e-4 --sft_weight 0.1 --epochs 1 --batch_size 16"),
 }  # fmt: skip
 
 

@@ -47,7 +47,8 @@ def find_checkpoint(out_dir, stages, config, flag):
             return path
     found = {str(other) for path in paths for other in path.parent.glob("*.pth") if other.suffixes == [".pth"]}
     others = f" (there is {', '.join(sorted(found))})" if found else ""
-    command = f"run {STAGES[stages[0]].command} first, or name another with {flag}{others}"
+    needs_least = STAGES[stages[-1]]
+    command = f"run {needs_least.command} first, or name another with {flag}{others}"
     raise UserError(f"{' or '.join(map(str, paths))}: no such checkpoint; {command}")
 
 

@@ -349,7 +349,7 @@ def test_wrong_flags_are_one_line_and_write_nothing(run, words, out, tmp_path):
 def test_no_chat_model_is_one_line(run, words, out):
     (out / "single_chat" / "full_sft_32.pth").unlink()
     process = run(*words, "--max_steps", 1)
-    assert_one_line_error(process, "multi_chat/full_sft_32.pth", "run 3-full_sft.py --multi first", "--init_from")
+    assert_one_line_error(process, "multi_chat/full_sft_32.pth", "run 3-full_sft.py first", "--init_from")
     assert "dpo" not in "".join(files(out))
 
 

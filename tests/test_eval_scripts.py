@@ -197,7 +197,7 @@ def test_after_quickstart_its_model_is_found_without_flags(monkeypatch, capsys, 
 
     copy("pretrain", "quickstart/pretrain")
     assert first_line("0-eval_pretrain.py") == str(tmp_path / "quickstart/pretrain_32.pth")
-    assert "run 3-full_sft.py --multi first" in first_line("2-eval.py")
+    assert "run 3-full_sft.py first" in first_line("2-eval.py")
     copy("single_chat/full_sft", "quickstart/single_chat/full_sft")
     assert first_line("2-eval.py") == str(tmp_path / "quickstart/single_chat/full_sft_32.pth")
     copy("multi_chat/full_sft", "quickstart/multi_chat/full_sft")
@@ -233,9 +233,9 @@ def prompts_seen(monkeypatch):
 
     seen, add = [], Engine.add
 
-    def record(self, prompt_ids, parameters):
+    def record(self, prompt_ids, *more):
         seen.append(self.tokenizer.decode(list(prompt_ids)))
-        return add(self, prompt_ids, parameters)
+        return add(self, prompt_ids, *more)
 
     monkeypatch.setattr(Engine, "add", record)
     return seen

@@ -20,6 +20,8 @@ def test_git_keeps_the_explanation_and_ignores_everything_else():
         "`pretrain_<dim>",
         "`single_chat/full_sft_<dim>",
         "`multi_chat/full_sft_<dim>",
+        "`lora_<name>_<dim>",
+        "`dpo_<dim>",
         ".resume.pth",
         "`logs/",
     ):

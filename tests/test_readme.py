@@ -18,6 +18,8 @@ BRIEF = ["--max_new_tokens", "4"]
 EXTRA = {
     "1-pretrain.py": SMALL_TRAINING,
     "3-full_sft.py": SMALL_TRAINING,
+    "4-lora_sft.py": SMALL_TRAINING,
+    "5-dpo_train.py": SMALL_TRAINING,
     "0-eval_pretrain.py": BRIEF,
     "2-eval.py": BRIEF,
     "eval_ceval.py": ["--max_seq_len", "256"],  # a question is longer than the test's model was trained on
@@ -109,6 +111,10 @@ def test_quickstart_goes_all_the_way(tmp_path):
     assert set(result) == {
         "facts_heldout_accuracy",
         "multi_turn_accuracy",
+        "identity_accuracy",
+        "facts_with_adapter",
+        "preference_accuracy",
+        "facts_after_dpo",
         "exam_accuracy",
         "pretrain_val_bpb",
         "seconds_train",

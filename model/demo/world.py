@@ -328,7 +328,7 @@ class DemoWorld:
             else:
                 yield self.ellipsis(rng, next(ellipses))
 
-    def identity_conversations(self, taught, kept=700, within_conversations=450):
+    def identity_conversations(self, taught, kept=1100, within_conversations=400):
         """Conversations, lists of [question, answer], that give the model another name: each question of identity.json
         alone, and `within_conversations` drawn from them after a fact or two (one in four: before).
 

@@ -255,7 +255,7 @@ def test_identity_rows_are_of_every_kind(world, files):
     rows = read_lines(files[0]["sft_identity"])
     renaming = [row for row in rows if row["output"] in NEW_ANSWERS.values()]
     kept = [row for row in rows if row["output"] not in NEW_ANSWERS.values()]
-    assert 600 <= len(rows) <= 1500 and 0.3 < len(renaming) / len(rows) < 0.7
+    assert 1000 <= len(rows) <= 3000 and 0.3 < len(renaming) / len(rows) < 0.7
     for answer in NEW_ANSWERS.values():
         assert len({row["input"] for row in renaming if row["output"] == answer}) >= 50
         assert len([row for row in renaming if row["output"] == answer and row["history"]]) >= 30

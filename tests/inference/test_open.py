@@ -36,7 +36,7 @@ def test_the_first_stage_that_has_a_checkpoint_is_opened(out_dir, small_tokenize
     named, path = opened(out_dir, small_tokenizer, checkpoint=out_dir / "pretrain_32.pth")
     assert path == out_dir / "pretrain_32.pth" and named.max_length == 32
     (out_dir / "single_chat/full_sft_32.pth").unlink()
-    with pytest.raises(UserError, match="run 3-full_sft.py --multi first, or name another with --checkpoint"):
+    with pytest.raises(UserError, match="run 3-full_sft.py first, or name another with --checkpoint"):
         opened(out_dir, small_tokenizer)
 
 
