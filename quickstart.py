@@ -232,7 +232,9 @@ def examine(args, progress):
         "DPO": ask(last, "facts", "multi_turn"),
     }
     preferences = records["dpo"]["validation"]["reward_accuracy"]
-    scores["DPO"]["preferences"] = preferences
+    likelier = "better one likelier"  # of the two answers of a held-out pair
+    scores["multi-turn"][likelier] = likelier_before(paths["dpo"])
+    scores["DPO"][likelier] = records["dpo"]["validation"]["chosen_more_probable"]
     exam = f"--data_dir {quoted(exam_folder(args.data_dir))} --results_dir {quoted(args.out_dir / 'ceval')}"
     ceval = result_of(f"eval_ceval.py --checkpoint {quoted(last)} {exam}")
     scores["DPO"]["exam"] = ceval["accuracy"]
@@ -247,7 +249,8 @@ def examine(args, progress):
     print_table(scores)
     longer = records["dpo"]["dpo"]["longer_is_chosen"]["held_out"]
     print(
-        f"preferences: {preferences:.1%} of the held-out pairs; choosing by length alone {max(longer, 1 - longer):.1%}"
+        f"preferences: {preferences:.1%} of the held-out pairs moved the right way; "
+        f"choosing by length alone is right in {max(longer, 1 - longer):.1%}"
     )
     print(f"exam of 4 options: {ceval['verdict']}")
     print(f"talk to it:  .venv/bin/python 2-eval.py --checkpoint {quoted(last)} --interactive")
@@ -267,11 +270,20 @@ def examine(args, progress):
     }
 
 
+def likelier_before(checkpoint):
+    """Share of the held-out pairs whose chosen answer was the more probable one before the first step of DPO, None
+    when its log is gone."""
+    log = checkpoint.parent / "logs" / f"{checkpoint.stem}.jsonl"
+    return (
+        json.loads(log.read_text("utf-8").splitlines()[0])["validation_chosen_more_probable"] if log.exists() else None
+    )
+
+
 def print_table(scores):
     """One line for each held-out test, one column for each model that was asked."""
     print(f"\n{'held-out accuracy':20s}" + "".join(f"{model:>14s}" for model in scores))
     for test in dict.fromkeys(test for asked in scores.values() for test in asked):
-        cells = (f"{asked[test]:.1%}" if test in asked else "" for asked in scores.values())
+        cells = ("" if asked.get(test) is None else f"{asked[test]:.1%}" for asked in scores.values())
         print(f"{test:20s}" + "".join(f"{cell:>14s}" for cell in cells))
 
 

@@ -114,7 +114,7 @@ def test_what_it_prints_and_writes(run, words, out, small_tokenizer):
     assert 0 < described["longer_is_chosen"]["training"] < 1
 
     numbers = {"reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy", "kl"}
-    numbers |= {"log_probability_chosen", "log_probability_rejected"}
+    numbers |= {"log_probability_chosen", "log_probability_rejected", "chosen_more_probable"}
     for record in records(out):
         prefix = "validation_" if "validation_loss" in record else ""
         assert {prefix + name for name in numbers} <= record.keys() and not any("bits" in name for name in record)

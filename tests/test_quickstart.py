@@ -37,7 +37,7 @@ def save():
     path.parent.mkdir(parents=True, exist_ok=True)
     record = dict(step=step, total_steps=6, tokens_seen=10 * step, train_seconds=float(step), when=time.time_ns())
     record["validation_bits_per_byte"] = 1.0
-    record.update(validation={"reward_accuracy": 0.75}, dpo={"longer_is_chosen": {"held_out": 0.5}})
+    record.update(validation={"reward_accuracy": 0.75, "chosen_more_probable": 0.5}, dpo={"longer_is_chosen": {"held_out": 0.5}})
     path.write_text(json.dumps(record))
 log(f"from {step}" + "".join(f" {word}" for word in words if word in ("--resume", "--overwrite")))
 while not stops:

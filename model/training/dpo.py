@@ -149,7 +149,7 @@ class PreferenceLoss:
         loss, log_probabilities = self.preference_loss(model, batch["input_ids"], labels, mask)
         if self.settings.sft_weight:
             loss = loss + self.settings.sft_weight * chosen_loss(log_probabilities, labels)
-        self.note(pairs, labels)
+        self.note(pairs, labels, log_probabilities)
         return loss * pairs / num_items, self.policy.balance_loss(mask)
 
     def preference_loss(self, model, input_ids, labels, mask):
@@ -163,13 +163,16 @@ class PreferenceLoss:
         inputs = dict(input_ids=input_ids, attention_mask=mask, completion_mask=(labels != IGNORED).long())
         return self.trl.compute_loss(noted, inputs), outputs[0].log_probs
 
-    def note(self, pairs, labels):
-        """Add what trl has measured on the last batch, and the divergence from the reference, to the sums."""
+    def note(self, pairs, labels, log_probabilities):
+        """Add what trl has measured on the last batch, how often the model by itself prefers the chosen answer, and the
+        divergence from the reference to the sums."""
         training = self.policy.training
         measured, sums = self.trl._metrics["train" if training else "eval"], self.sums[training]
         for theirs, ours in TRL_NUMBERS.items():
             sums[ours] += measured[theirs][-1] * pairs
         measured.clear()
+        chosen, rejected = log_probabilities.detach().sum(dim=1).chunk(2)
+        sums["chosen_more_probable"] += int((chosen > rejected).sum())
         sums["pairs"] += pairs
         sums["tokens"] += int((labels != IGNORED).sum())
         sums["kl"] += float(self.divergence(labels))
@@ -189,9 +192,9 @@ class PreferenceLoss:
 
     def take_numbers(self):
         """{name: mean over the batches since the last call} over all ranks: rewards, margin and log-probabilities of a
-        whole answer, accuracy of a pair, KL of a token."""
+        whole answer, accuracy of a pair and share of pairs whose chosen answer is the more probable one, KL of a token."""
         sums = self.sums[self.policy.training]
-        names = [*TRL_NUMBERS.values(), "kl", "pairs", "tokens"]
+        names = [*TRL_NUMBERS.values(), "chosen_more_probable", "kl", "pairs", "tokens"]
         *totals, pairs, tokens = ranks.sum_over_ranks([sums[name] for name in names])
         sums.clear()
         means = {name: total / max(1, pairs) for name, total in zip(names, totals)}

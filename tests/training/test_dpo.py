@@ -108,6 +108,7 @@ def by_hand(policy, reference, batch, beta, loss_type="sigmoid", sft_weight=0.0)
         reward_accuracy=(rewards[:count] > rewards[count:]).double(),
         log_probability_chosen=ours[:count].sum(1),
         log_probability_rejected=ours[count:].sum(1),
+        chosen_more_probable=(ours[:count].sum(1) > ours[count:].sum(1)).double(),
         kl=divergence,
     )
     return loss, {name: values.detach() for name, values in sums.items()}
