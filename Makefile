@@ -22,11 +22,12 @@ images: .venv/installed
 	$(RUN) images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
 	$(RUN) images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
 	$(RUN) images/draw.py curves --output images/quickstart_loss.png --logs \
-	  $(addprefix out/quickstart/logs/,pretrain_192.jsonl single_chat_full_sft_192.jsonl multi_chat_full_sft_192.jsonl)
+	  $(patsubst %,out/quickstart/logs/%_192.jsonl,pretrain single_chat_full_sft multi_chat_full_sft lora_identity dpo)
 
 benchmarks: .venv/installed
 	$(RUN) benchmarks/training.py
 	$(RUN) benchmarks/decoding.py
+	$(RUN) benchmarks/lora.py
 	$(RUN) benchmarks/token_cache.py
 	$(RUN) benchmarks/data_process.py
 

@@ -274,9 +274,8 @@ def likelier_before(checkpoint):
     """Share of the held-out pairs whose chosen answer was the more probable one before the first step of DPO, None
     when its log is gone."""
     log = checkpoint.parent / "logs" / f"{checkpoint.stem}.jsonl"
-    return (
-        json.loads(log.read_text("utf-8").splitlines()[0])["validation_chosen_more_probable"] if log.exists() else None
-    )
+    if log.exists():
+        return json.loads(log.read_text("utf-8").splitlines()[0])["validation_chosen_more_probable"]
 
 
 def print_table(scores):

@@ -56,7 +56,7 @@ class OneTokenAttention(Attention):
         if length > 1 or not self.flash_attn:
             return super().attend(query, key, value, mask)
         query = query.reshape(batch, key.shape[1], -1, size)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).view(batch, heads, 1, size)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).reshape(batch, heads, 1, size)
 
 
 def install(model):
