@@ -7,6 +7,7 @@ python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -149,8 +150,12 @@ def draw_curves(logs):
     of answers, which has none, accuracy and margin too."""
     import matplotlib.pyplot as pyplot
 
-    figure, panels = pyplot.subplots(1, len(logs), figsize=(5.2 * len(logs), 3.8), squeeze=False)
-    for axes, path in zip(panels[0], logs):
+    columns = min(3, len(logs))
+    rows = math.ceil(len(logs) / columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    for axes in panels.flat[len(logs) :]:
+        axes.remove()
+    for axes, path in zip(panels.flat, logs):
         try:
             records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
         except (OSError, ValueError) as error:
@@ -161,9 +166,8 @@ def draw_curves(logs):
         for record in held_out_ends(records):
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
             place = (record["step"], record["validation_loss"])
-            axes.annotate(
-                text, place, textcoords="offset points", xytext=(-20 if record["step"] else 8, 12), fontsize=8
-            )
+            beside = (-20, 12) if record["step"] else (8, -3)
+            axes.annotate(text, place, textcoords="offset points", xytext=beside, fontsize=8)
         preferences = any("reward_accuracy" in record for record in records)
         unit = "per pair" if preferences else "nats per token"
         axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel=f"loss ({unit})")
