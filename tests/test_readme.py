@@ -35,6 +35,7 @@ EXTRA = {
         "16",
     ],
     "benchmarks/decoding.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--repeats", "1"],
+    "benchmarks/lora.py": ["--preset", "minimind-tiny", "--steps", "1", "--batch_size", "1", "--max_seq_len", "16"],
     "benchmarks/ceval.py": ["--presets", "minimind-tiny", "--subjects", "1", "--questions", "4", "--repeats", "1"],
     "benchmarks/exports.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--requests", "2", "--repeats", "1"],
     "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
@@ -131,7 +132,7 @@ def test_every_python_command_runs(copy):
     lines = [line for line in commands("README.md") if line.startswith("python ")]
     assert len(lines) > 10
     for line in lines:
-        words = small(shlex.split(re.sub(r"(out/\S*(?:full_sft|pretrain))_512", r"\1_32", line))[1:])
+        words = small(shlex.split(re.sub(r"(out/\S*(?:full_sft|pretrain|dpo|lora_\w+))_512", r"\1_32", line))[1:])
         words = [word.replace("out/quickstart/pretrain_192", "out/pretrain_32") for word in words]
         if "--preset" in words and words[0] == "1-pretrain.py":
             words += ["--out_dir", "out/preset"]  # made as small as the others, it has their name
