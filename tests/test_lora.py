@@ -369,6 +369,7 @@ WHOLE = "is not a whole adapter"
         ({A_OF_WK: torch.tensor(1.0)}, WHOLE),
         ({A_OF_WK: 1.0}, WHOLE),
         ({"norm.weight": torch.ones(32)}, WHOLE),
+        ({7: torch.ones(2, 2)}, WHOLE),
         ({A_OF_WK: torch.full((4, 32), math.nan)}, "holds numbers that are not finite"),
         ({A_OF_WK: torch.full((4, 32), -math.inf)}, "holds numbers that are not finite"),
     ],
