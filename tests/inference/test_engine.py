@@ -572,6 +572,24 @@ def test_an_unknown_adapter_is_one_line(model):
     assert not engine.has_work
 
 
+def test_an_adapter_that_comes_meanwhile_disturbs_nobody():
+    """Neither one that is taken nor one that is refused, as it is for another model."""
+    engine, models = engine_with_adapters()
+    prompts = random_prompts(3, seed=9)
+    running = engine.add(prompts[0], GREEDY, "a")
+    for _ in range(3):
+        engine.step()
+    new = make_adapter(models[None], "all", seed=2)
+    engine.add_adapter("c", new)
+    with pytest.raises(UserError, match="lora_3.pth: changes layers.2.attention.wq, which the model does not have"):
+        engine.add_adapter("d", make_adapter(tiny_model(n_layers=3), "layers.2", seed=3))
+    models["c"] = merged_with(models[None], new)
+    later = [engine.add(ids, GREEDY, name) for ids, name in zip(prompts[1:], ("c", None))]
+    finish(engine)
+    for request, ids in zip((running, *later), prompts):
+        assert request.token_ids == greedy_without_cache(models[request.adapter], ids, 12)
+
+
 def test_a_name_goes_to_another_adapter_only_when_its_requests_are_done():
     engine, models = engine_with_adapters()
     others = [make_adapter(models[None], "layers.1.attention", seed) for seed in (4, 5)]
