@@ -492,8 +492,9 @@ def merged_with(model, adapter):
     return merged
 
 
-def engine_with_adapters(max_batch=16, **fields):
+def engine_with_adapters(monkeypatch, max_batch=16, **fields):
     """(Engine with adapters "a" and "b", which share some matrices; {name: model with the adapter merged, None: without})."""
+    limited_steps(monkeypatch, most=100)
     base = tiny_model(**fields)
     engine, models = Engine(tiny_model(**fields), max_batch=max_batch), {None: base}
     for seed, (name, targets) in enumerate((("a", "attention,layers.0"), ("b", "layers.1"))):
@@ -509,8 +510,8 @@ def finish(engine):
 
 
 @pytest.mark.parametrize("fields", [{}, dict(use_moe=True)], ids=["dense", "moe"])
-def test_each_adapter_answers_as_the_model_merged_with_it_and_leaves_the_base_as_it_was(fields):
-    engine, models = engine_with_adapters(**fields)
+def test_each_adapter_answers_as_the_model_merged_with_it_and_leaves_the_base_as_it_was(fields, monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch, **fields)
     prompts = random_prompts(3, seed=6)
     expected = {name: [greedy_without_cache(models[name], ids, 12) for ids in prompts] for name in models}
     assert len({tuple(answer) for answers in expected.values() for answer in answers}) == 9
@@ -522,8 +523,8 @@ def test_each_adapter_answers_as_the_model_merged_with_it_and_leaves_the_base_as
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 16])
-def test_requests_of_different_adapters_run_in_the_order_they_came(max_batch):
-    engine, models = engine_with_adapters(max_batch=max_batch)
+def test_requests_of_different_adapters_run_in_the_order_they_came(max_batch, monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch, max_batch)
     names = ["a", "a", "b", None, "b", "b", "b", "a", None, None]
     prompts = random_prompts(len(names), seed=7)
     lengths = [5, 12, 3, 4, 9, 2, 6, 3, 8, 2]
@@ -540,8 +541,8 @@ def test_requests_of_different_adapters_run_in_the_order_they_came(max_batch):
         assert request.token_ids == greedy_without_cache(models[name], prompt, length)
 
 
-def test_who_waits_for_another_adapter_and_is_cancelled_holds_up_nobody():
-    engine, models = engine_with_adapters()
+def test_who_waits_for_another_adapter_and_is_cancelled_holds_up_nobody(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
     prompts = random_prompts(3, seed=8)
     first, second, third = (engine.add(ids, GREEDY, name) for ids, name in zip(prompts, ("a", "b", "a")))
     for _ in range(3):
@@ -556,11 +557,11 @@ def test_who_waits_for_another_adapter_and_is_cancelled_holds_up_nobody():
     ]
 
 
-def test_an_unknown_adapter_is_one_line(model):
+def test_an_unknown_adapter_is_one_line(model, monkeypatch):
     engine = Engine(model)
     with pytest.raises(UserError, match="^no adapter is called 'a'; there is: none$"):
         engine.add([5], GREEDY, "a")
-    engine, _ = engine_with_adapters()
+    engine, _ = engine_with_adapters(monkeypatch)
     ways = (
         lambda: engine.add([5], GREEDY, "c"),
         lambda: next(engine.stream([5], GREEDY, adapter="c")),
@@ -572,9 +573,9 @@ def test_an_unknown_adapter_is_one_line(model):
     assert not engine.has_work
 
 
-def test_an_adapter_that_comes_meanwhile_disturbs_nobody():
+def test_an_adapter_that_comes_meanwhile_disturbs_nobody(monkeypatch):
     """Neither one that is taken nor one that is refused, as it is for another model."""
-    engine, models = engine_with_adapters()
+    engine, models = engine_with_adapters(monkeypatch)
     prompts = random_prompts(3, seed=9)
     running = engine.add(prompts[0], GREEDY, "a")
     for _ in range(3):
@@ -590,8 +591,8 @@ def test_an_adapter_that_comes_meanwhile_disturbs_nobody():
         assert request.token_ids == greedy_without_cache(models[request.adapter], ids, 12)
 
 
-def test_a_name_goes_to_another_adapter_only_when_its_requests_are_done():
-    engine, models = engine_with_adapters()
+def test_a_name_goes_to_another_adapter_only_when_its_requests_are_done(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
     others = [make_adapter(models[None], "layers.1.attention", seed) for seed in (4, 5)]
     request = engine.add([5, 6, 7], GREEDY, "a")
     for _ in range(3):  # waiting, then running
