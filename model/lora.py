@@ -143,7 +143,7 @@ def read_adapter(path):
     alpha = lora.get("alpha") if isinstance(lora, dict) else None
     if not isinstance(alpha, int | float) or not math.isfinite(alpha) or not isinstance(base, dict):
         raise UserError(f"{path}: needs its .json beside it, which says rank, alpha and base; copy both files")
-    pairs = {name.removesuffix(part) for name in state for part in PARTS if name.endswith(part)}
+    pairs = {name.removesuffix(part) for name in map(str, state) for part in PARTS if name.endswith(part)}
     wanted = {matrix + part for matrix in pairs for part in PARTS}
     matrices = all(isinstance(tensor, torch.Tensor) and tensor.dim() == 2 for tensor in state.values())
     if wanted != state.keys() or not matrices:

@@ -109,6 +109,18 @@ def trained_scale(config, dtype=None, seed=0):
     return model
 
 
+def trained_adapter(model, matrices, rank=4, seed=0):
+    """A LoRA adapter of `matrices` as its file holds it, {name: tensor}, and as large as a trained one: B is not zero."""
+    import torch
+
+    generator, state = torch.Generator().manual_seed(seed), {}
+    for matrix in matrices:
+        rows, columns = model.get_submodule(matrix).weight.shape
+        state[f"{matrix}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / columns**0.5
+        state[f"{matrix}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) / rank**0.5
+    return state
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, rows[0], lineterminator="\n")

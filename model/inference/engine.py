@@ -124,10 +124,14 @@ class Engine:
             raise UserError(
                 f"an adapter cannot be called {name!r} now: requests for another one of that name are not done"
             )
+        in_use = self.adapter
         self.use_adapter(None)
-        self.adapters[name] = merged_weights(self.model, adapter)
-        for matrix in self.adapters[name]:
-            self.adapters[None].setdefault(matrix, self.model.get_submodule(matrix).weight.data)
+        try:
+            self.adapters[name] = merged_weights(self.model, adapter)
+            for matrix in self.adapters[name]:
+                self.adapters[None].setdefault(matrix, self.model.get_submodule(matrix).weight.data)
+        finally:
+            self.use_adapter(in_use)  # the running requests go on with it
 
     def use_adapter(self, name):
         """Let the model's weights be those with the adapter `name`, or without one (None)."""

@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling follows its definition, a request doesn't notice its neighbours."""
 
+import copy
 import dataclasses
 import random
 
@@ -8,12 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import trained_adapter
 from model.errors import UserError
 from model.inference.chat import conversation_prompt, last_exchanges
 from model.inference.engine import Engine, Request
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
+from model.lora import Adapter, merge, target_matrices
 from model.model import Transformer
 from model.tokenizer import encode_text, encoded_turns, render_conversation, token_bytes
 
@@ -473,6 +476,138 @@ def test_compile_without_a_compiler_says_so(model, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="--compile: needs a C"):
         Engine(model, compile=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def make_adapter(model, targets, seed=0):
+    state = trained_adapter(model, target_matrices(model, targets), seed=seed)
+    return Adapter(f"lora_{seed}.pth", state, {"lora": {"alpha": 6.0}})
+
+
+def merged_with(model, adapter):
+    merged = copy.deepcopy(model)
+    merge(merged, adapter)
+    return merged
+
+
+def engine_with_adapters(monkeypatch, max_batch=16, **fields):
+    """(Engine with adapters "a" and "b", which share some matrices; {name: model with the adapter merged, None: without})."""
+    limited_steps(monkeypatch, most=100)
+    base = tiny_model(**fields)
+    engine, models = Engine(tiny_model(**fields), max_batch=max_batch), {None: base}
+    for seed, (name, targets) in enumerate((("a", "attention,layers.0"), ("b", "layers.1"))):
+        adapter = make_adapter(base, targets, seed)
+        engine.add_adapter(name, adapter)
+        models[name] = merged_with(base, adapter)
+    return engine, models
+
+
+def finish(engine):
+    while engine.has_work:
+        engine.step()
+
+
+@pytest.mark.parametrize("fields", [{}, dict(use_moe=True)], ids=["dense", "moe"])
+def test_each_adapter_answers_as_the_model_merged_with_it_and_leaves_the_base_as_it_was(fields, monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch, **fields)
+    prompts = random_prompts(3, seed=6)
+    expected = {name: [greedy_without_cache(models[name], ids, 12) for ids in prompts] for name in models}
+    assert len({tuple(answer) for answers in expected.values() for answer in answers}) == 9
+    for name in (None, "a", "b", "a", None, "b", None):
+        requests = engine.generate(prompts, GREEDY, adapter=name)
+        assert [request.token_ids for request in requests] == expected[name], name
+    base = models[None].state_dict()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in engine.model.state_dict().items())
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 16])
+def test_requests_of_different_adapters_run_in_the_order_they_came(max_batch, monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch, max_batch)
+    names = ["a", "a", "b", None, "b", "b", "b", "a", None, None]
+    prompts = random_prompts(len(names), seed=7)
+    lengths = [5, 12, 3, 4, 9, 2, 6, 3, 8, 2]
+    wanted = [dataclasses.replace(GREEDY, max_new_tokens=length) for length in lengths]
+    requests = [engine.add(*each) for each in zip(prompts, wanted, names)]
+    begun, shared = [], []
+    while engine.has_work:
+        answered = [delta.request for delta in engine.step()]
+        assert len({request.adapter for request in answered}) == 1
+        begun += [request for request in answered if request not in begun]
+        shared.append(len(answered))
+    assert begun == requests and max(shared) == min(3, max_batch)
+    for request, prompt, name, length in zip(requests, prompts, names, lengths):
+        assert request.token_ids == greedy_without_cache(models[name], prompt, length)
+
+
+def test_who_waits_for_another_adapter_and_is_cancelled_holds_up_nobody(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
+    prompts = random_prompts(3, seed=8)
+    first, second, third = (engine.add(ids, GREEDY, name) for ids, name in zip(prompts, ("a", "b", "a")))
+    for _ in range(3):
+        engine.step()
+    assert engine.running == [first] and list(engine.waiting) == [second, third]
+    engine.cancel(second)
+    engine.step()
+    assert engine.running == [first, third]
+    finish(engine)
+    assert [request.token_ids for request in (first, third)] == [
+        greedy_without_cache(models["a"], ids, 12) for ids in (prompts[0], prompts[2])
+    ]
+
+
+def test_an_unknown_adapter_is_one_line(model, monkeypatch):
+    engine = Engine(model)
+    with pytest.raises(UserError, match="^no adapter is called 'a'; there is: none$"):
+        engine.add([5], GREEDY, "a")
+    engine, _ = engine_with_adapters(monkeypatch)
+    ways = (
+        lambda: engine.add([5], GREEDY, "c"),
+        lambda: next(engine.stream([5], GREEDY, adapter="c")),
+        lambda: engine.generate([[5]], GREEDY, adapter="c"),
+    )
+    for way in ways:
+        with pytest.raises(UserError, match="^no adapter is called 'c'; there is: a, b$"):
+            way()
+    assert not engine.has_work
+
+
+def test_an_adapter_that_comes_meanwhile_disturbs_nobody(monkeypatch):
+    """Neither one that is taken nor one that is refused, as it is for another model."""
+    engine, models = engine_with_adapters(monkeypatch)
+    prompts = random_prompts(3, seed=9)
+    running = engine.add(prompts[0], GREEDY, "a")
+    for _ in range(3):
+        engine.step()
+    new = make_adapter(models[None], "all", seed=2)
+    engine.add_adapter("c", new)
+    with pytest.raises(UserError, match="lora_3.pth: changes layers.2.attention.wq, which the model does not have"):
+        engine.add_adapter("d", make_adapter(tiny_model(n_layers=3), "layers.2", seed=3))
+    models["c"] = merged_with(models[None], new)
+    later = [engine.add(ids, GREEDY, name) for ids, name in zip(prompts[1:], ("c", None))]
+    finish(engine)
+    for request, ids in zip((running, *later), prompts):
+        assert request.token_ids == greedy_without_cache(models[request.adapter], ids, 12)
+
+
+def test_a_name_goes_to_another_adapter_only_when_its_requests_are_done(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
+    others = [make_adapter(models[None], "layers.1.attention", seed) for seed in (4, 5)]
+    request = engine.add([5, 6, 7], GREEDY, "a")
+    for _ in range(3):  # waiting, then running
+        for name in ("a", None):
+            with pytest.raises(UserError, match=f"cannot be called {name!r} now"):
+                engine.add_adapter(name, others[0])
+        engine.step()
+    finish(engine)
+    assert request.token_ids == greedy_without_cache(models["a"], [5, 6, 7], 12)
+    for other in others:
+        engine.add_adapter("a", other)
+    (request,) = engine.generate([[5, 6, 7]], GREEDY, adapter="a")
+    assert request.token_ids == greedy_without_cache(merged_with(models[None], others[1]), [5, 6, 7], 12)
+    (request,) = engine.generate([[5, 6, 7]], GREEDY, adapter="b")
+    assert request.token_ids == greedy_without_cache(models["b"], [5, 6, 7], 12)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

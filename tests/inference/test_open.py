@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from model.checkpoint import load_model, save_checkpoint
+from conftest import trained_adapter
+from model.checkpoint import file_sha256, load_model, save_checkpoint
 from model.errors import UserError
 from model.export.card import Card
 from model.export.huggingface import write_folder
-from model.inference.open import open_engine
+from model.inference.open import open_engine, open_model
 from model.LMConfig import LMConfig
 from model.model import Transformer
 from model.settings import InferenceSettings
@@ -81,3 +82,35 @@ def test_a_hugging_face_folder_brings_its_tokenizer_along(out_dir, small_tokeniz
     assert len(engine.tokenizer) == len(small_tokenizer) and path == str(out_dir / "hub")
     with pytest.raises(UserError, match="400 words but the tokenizer 6400"):
         opened(out_dir, tokenizer, checkpoint=out_dir / "hub")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_added_to_its_base_wherever_that_lies(out_dir, small_tokenizer, capsys, dtype):
+    """The base is found by the adapter's .json; rounding to the dtype comes after the sum."""
+    base, other, path = out_dir / "pretrain_32.pth", out_dir / "multi_chat/full_sft_32.pth", out_dir / "lora_x_32.pth"
+    matrix, parent = "layers.1.feed_forward.w3", {"file": str(base), "sha256": file_sha256(base)}
+    model = load_model(base)[0]
+    weights = trained_adapter(model, [matrix])
+    save_checkpoint(path, model, {"stage": "lora_x", "lora": {"alpha": 6.0}, "parent": parent}, weights=weights)
+    narrow, wide = (tensor.double() for tensor in weights.values())
+    exact = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    exact[f"{matrix}.weight"] += 6.0 / 4 * wide @ narrow
+
+    engine, name = opened(out_dir, small_tokenizer, lora=path, dtype=dtype)
+    assert name == f"{base} with {path}"
+    for key, tensor in engine.model.state_dict().items():
+        wrong = (tensor - exact[key].to(tensor.dtype)).abs() > 1e-6
+        assert wrong.double().mean() < 0.001, key  # a sum in float32 may lie on the other side of a tie
+    settings = InferenceSettings(lora=path, tokenizer_path=small_tokenizer.name_or_path, device="cpu")
+    assert open_model(settings)[3]["stage"] == "lora_x"
+
+    with pytest.raises(UserError, match=f"{path}: was trained on {base}, and the weights in {other} are not those"):
+        opened(out_dir, small_tokenizer, lora=path, checkpoint=other)
+    moved = base.rename(out_dir / "moved.pth")
+    base.with_suffix(".json").rename(moved.with_suffix(".json"))
+    with pytest.raises(UserError, match=f"the weights in {other} are not those; give its base with --checkpoint"):
+        opened(out_dir, small_tokenizer, lora=path)
+    assert opened(out_dir, small_tokenizer, lora=path, checkpoint=moved)[1] == f"{moved} with {path}"
+    assert not capsys.readouterr().err
+    opened(out_dir, small_tokenizer, lora=path, force=True)
+    assert capsys.readouterr().err.startswith(f"warning: {path}: was trained on {base}")

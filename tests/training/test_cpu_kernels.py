@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import trained_scale
 from model.inference.kv_cache import KVCache
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -76,6 +77,54 @@ def test_chunked_cross_entropy_equals_the_plain_one(rows, ignored):
         grads.append((loss.detach(), *torch.autograd.grad(loss * 0.5, (x, weight))))
     for ours, reference in zip(*grads):
         assert torch.allclose(ours, reference, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [1, 256, 600])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_frozen_weight_gets_no_gradient_and_the_input_the_same(rows, dtype):
+    """As with adapters. bfloat16: by autocast, x and weight in float32."""
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(count, 8, dtype=torch.float64, generator=generator) for count in (rows, 30))
+    targets, results = torch.randint(0, 30, (rows,), generator=generator), []
+    targets[1::3] = -100
+    exact = x.clone().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.T, targets, ignore_index=-100, reduction="sum")
+    (expected * 0.5).backward()
+    if dtype == torch.bfloat16:
+        x, weight = x.float(), weight.float()
+    for frozen in (False, True):
+        own, matrix = x.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = ChunkedCrossEntropy.apply(own, matrix, targets)
+        assert frozen == (loss.grad_fn.saved_tensors[1] is None)
+        (loss * 0.5).backward()
+        assert frozen == (matrix.grad is None)
+        results.append((loss.detach(), own.grad))
+    assert all(torch.equal(*pair) for pair in zip(*results))
+    for ours, reference in zip(results[0], (expected.detach(), exact.grad)):
+        assert (ours - reference).norm() <= (1e-10 if dtype == torch.float64 else 2e-2) * reference.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_frozen_weights_around_the_others_get_their_gradients(dtype):
+    """As with adapters: embeddings and output matrix, the whole first layer and a part of the second are frozen."""
+    config = LMConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)
+    model, input_ids = trained_scale(config), torch.randint(0, 300, (2, 70))
+    learned = [layer.weight for layer in model.layers[1].attention.children()]
+    results = []
+    for installed in (False, True):
+        model.double()
+        if installed:
+            cpu_kernels.install(model.float(), torch.device("cpu"), dtype, compile=False)
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.requires_grad_(any(parameter is own for own in learned))
+        with torch.autocast("cpu", torch.bfloat16, enabled=installed and dtype == torch.bfloat16):
+            model(input_ids, labels=input_ids, return_logits=False).loss.backward()
+        assert sum(parameter.grad is not None for parameter in model.parameters()) == 4
+        results.append([parameter.grad.double() for parameter in learned])
+        model.zero_grad()
+    for exact, ours in zip(*results):
+        assert (ours - exact).norm() < (1e-4 if dtype == torch.float32 else 5e-2) * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
