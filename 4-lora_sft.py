@@ -43,6 +43,7 @@ def main():
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_sft_data
     from model.data.token_cache import check_data_file
+    from model.files import refuse_existing
     from model.lora import add_adapter, check_peft_folder, describe_adapter, save_peft_folder
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
@@ -55,6 +56,7 @@ def main():
     device = start(settings)
     data_path = check_data_file(args.data_path, "sft")
     if args.save_peft:
+        refuse_existing([args.save_peft], args.overwrite or args.resume)
         check_peft_folder(args.save_peft)
     base = args.init_from or find_checkpoint(args.out_dir, STAGE.parents, requested_config(shape), "--init_from")
     tokenizer = load_tokenizer(args.tokenizer_path, base)
