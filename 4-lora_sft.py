@@ -76,10 +76,9 @@ def main():
     print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 
     # The loss of stage 3 too. What goes into the file is the adapter, and its .json says on which base it stands.
-    identity = {
-        f"--{name}": getattr(args, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "last_turn_only")
-    }
-    identity |= {"--lora_targets": matrices, "--init_from (its contents)": parent["sha256"]}
+    flags = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "last_turn_only")
+    identity = {f"--{name}": getattr(args, name) for name in flags}
+    identity["--init_from (its contents)"] = parent["sha256"]
     described = dict(rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, targets=matrices)
     names = dict(stage=f"lora_{lora.lora_name}", parent=parent, identity=identity, metadata={"lora": described})
     trainer = Trainer(
