@@ -43,6 +43,7 @@ def main():
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_sft_data
     from model.data.token_cache import check_data_file
+    from model.files import refuse_existing
     from model.lora import add_adapter, check_peft_folder, describe_adapter, save_peft_folder
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
@@ -55,6 +56,7 @@ def main():
     device = start(settings)
     data_path = check_data_file(args.data_path, "sft")
     if args.save_peft:
+        refuse_existing([args.save_peft], args.overwrite or args.resume)
         check_peft_folder(args.save_peft)
     base = args.init_from or find_checkpoint(args.out_dir, STAGE.parents, requested_config(shape), "--init_from")
     tokenizer = load_tokenizer(args.tokenizer_path, base)
@@ -74,10 +76,9 @@ def main():
     print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 
     # The loss of stage 3 too. What goes into the file is the adapter, and its .json says on which base it stands.
-    identity = {
-        f"--{name}": getattr(args, name) for name in ("lora_rank", "lora_alpha", "lora_dropout", "last_turn_only")
-    }
-    identity |= {"--lora_targets": matrices, "--init_from (its contents)": parent["sha256"]}
+    flags = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "last_turn_only")
+    identity = {f"--{name}": getattr(args, name) for name in flags}
+    identity["--init_from (its contents)"] = parent["sha256"]
     described = dict(rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, targets=matrices)
     names = dict(stage=f"lora_{lora.lora_name}", parent=parent, identity=identity, metadata={"lora": described})
     trainer = Trainer(

@@ -141,7 +141,8 @@ def read_adapter(path):
     check_description(path, metadata)
     lora, base = metadata.get("lora"), metadata.get("parent")
     alpha = lora.get("alpha") if isinstance(lora, dict) else None
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or not isinstance(base, dict):
+    file = base.get("file") if isinstance(base, dict) else None
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or not isinstance(file, str):
         raise UserError(f"{path}: needs its .json beside it, which says rank, alpha and base; copy both files")
     pairs = {name.removesuffix(part) for name in map(str, state) for part in PARTS if name.endswith(part)}
     wanted = {matrix + part for matrix in pairs for part in PARTS}

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A model whose step takes milliseconds, as flags and as LMConfig fields.
 TINY = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32)
 TINY_FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+CPU_FLAGS = ["--device", "cpu", "--dtype", "float32", "--batch_size", "4"]
 PLACES = ("北京", "上海", "广州", "成都", "西安", "昆明", "拉萨", "武汉", "南京", "长沙")
 THINGS = ("面条", "火锅", "米粉", "烤鸭", "点心", "酥油茶", "泡馍", "热干面")
 
@@ -121,6 +122,37 @@ def trained_adapter(model, matrices, rank=4, seed=0):
     return state
 
 
+def save_chat(path, tokenizer, seed=0, **fields):
+    """A chat model of stage 3, TINY but for `fields`, as the checkpoint `path`, which is returned."""
+    from model.checkpoint import save_checkpoint
+    from model.LMConfig import LMConfig
+    from model.tokenizer import tokenizer_hash
+
+    config = LMConfig(**{**TINY, "max_seq_len": 64, "vocab_size": len(tokenizer), **fields})
+    description = dict(stage="single_chat/full_sft", tokenizer_hash=tokenizer_hash(tokenizer))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, trained_scale(config, seed=seed), description)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path, small_tokenizer):
+    """A folder in which there is a chat model of stage 3."""
+    return save_chat(tmp_path / "out/single_chat/full_sft_32.pth", small_tokenizer).parent.parent
+
+
+@pytest.fixture
+def chat_flags(out, small_tokenizer_path):
+    """Flags of a stage that starts from the model in `out`."""
+    shape = TINY_FLAGS[: TINY_FLAGS.index("--max_seq_len")]
+    return [*shape, "--tokenizer_path", str(small_tokenizer_path), "--out_dir", str(out), *CPU_FLAGS]
+
+
+def files(folder):
+    """Names of all files in `folder` and below."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, rows[0], lineterminator="\n")
@@ -136,6 +168,13 @@ def run_script(*words, timeout=120, **options):
     return subprocess.run(command, **options)
 
 
+def run_two_ranks(*words, timeout=200):
+    """run_script in two processes that train together."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
 @pytest.fixture
 def run_in_process(monkeypatch, capsys):
     """Run a script in this process, which is much quicker than starting Python; returns (exit code, stdout, stderr)."""
@@ -148,6 +187,33 @@ def run_in_process(monkeypatch, capsys):
         return caught.value.code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def run(run_in_process):
+    """run_in_process, giving what run_script gives."""
+
+    def run(*words):
+        code, out, errors = run_in_process(*words)
+        return subprocess.CompletedProcess(words, code or 0, out, errors)
+
+    return run
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile with a backend that runs the traced graphs as they are: the real one needs half a minute of C++."""
+    import torch
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options))
+    torch._dynamo.reset()
+
+
+def good(process):
+    """The output of a script that ended well."""
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def assert_one_line_error(process, *parts, code=1):

@@ -9,42 +9,11 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, TINY, TINY_FLAGS, assert_one_line_error, trained_scale
-from model.checkpoint import file_sha256, load_model, read_metadata, save_checkpoint
-from model.LMConfig import LMConfig
+from conftest import ROOT, TINY_FLAGS, assert_one_line_error, files, good, run_two_ranks, save_chat
+from model.checkpoint import file_sha256, load_model, read_metadata
 from model.tokenizer import tokenizer_hash
 
 PAIR = {"prompt": "北京有什么好吃的？", "chosen": "烤鸭、面条", "rejected": "不知道。"}
-
-
-@pytest.fixture
-def run(run_in_process):
-    """As run_script, but in this process: importing trl takes seconds."""
-
-    def run(*words):
-        code, out, errors = run_in_process(*words)
-        return subprocess.CompletedProcess(words, code or 0, out, errors)
-
-    return run
-
-
-def good(process):
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-def save_chat(path, tokenizer, seed=0, **fields):
-    config = LMConfig(**{**TINY, "max_seq_len": 64, "vocab_size": len(tokenizer), **fields})
-    description = dict(stage="single_chat/full_sft", tokenizer_hash=tokenizer_hash(tokenizer))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, trained_scale(config, seed=seed), description)
-    return path
-
-
-@pytest.fixture
-def out(tmp_path, small_tokenizer):
-    """A folder in which there is a chat model of stage 3."""
-    return save_chat(tmp_path / "out/single_chat/full_sft_32.pth", small_tokenizer).parent.parent
 
 
 @pytest.fixture
@@ -59,16 +28,9 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def words(out, data, small_tokenizer_path):
+def words(chat_flags, data):
     """A command without the number of steps."""
-    flags = ["--tokenizer_path", small_tokenizer_path, "--out_dir", out, "--data_path", data]
-    shape = TINY_FLAGS[: TINY_FLAGS.index("--max_seq_len")]
-    rest = ["--device", "cpu", "--dtype", "float32", "--batch_size", 4, "--learning_rate", 1e-4]
-    return [str(word) for word in ("5-dpo_train.py", *shape, *flags, *rest)]
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return ["5-dpo_train.py", *chat_flags, "--data_path", str(data), "--learning_rate", "1e-4"]
 
 
 def records(out):
@@ -182,10 +144,7 @@ def test_bad_rows_are_counted_and_named_and_the_run_goes_on(run, words, data):
         assert f"left out 1: {reason} ({data}: item {place})" in text
 
 
-def test_compiled_training_agrees(run, words, out, monkeypatch, small_tokenizer):
-    """The real backend needs C++ compilation; this one traces the same graphs and runs them as they are."""
-    compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options))
+def test_compiled_training_agrees(run, words, out, traced_only, small_tokenizer):
     save_chat(out / "single_chat" / "full_sft_32.pth", small_tokenizer, n_layers=1)
     losses = []
     for more in ([], ["--compile", "--overwrite"]):
@@ -275,8 +234,7 @@ def test_two_ranks_run_the_script(run, words, out):
     good(run(*words))
     single, log = torch.load(out / "dpo_32.pth"), records(out)
     words[words.index("--batch_size") + 1] = "2"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run([*launcher, *words, "--overwrite"], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    process = run_two_ranks(*words, "--overwrite")
     text = good(process)
     assert text.count("model: ") == text.count("loss before the first step") == 1
     assert process.stderr == ""  # of trl's and transformers' warnings too

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import resource
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,36 +11,15 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, TINY_FLAGS, assert_one_line_error, run_script
+from conftest import CPU_FLAGS, ROOT, TINY_FLAGS, assert_one_line_error, good, run_script, run_two_ranks
 from model.checkpoint import load_model, read_metadata
 
-COMMON = [*TINY_FLAGS, "--device", "cpu", "--dtype", "float32", "--batch_size", "4", "--learning_rate", "1e-3"]
+COMMON = [*TINY_FLAGS, *CPU_FLAGS, "--learning_rate", "1e-3"]
 
 
 @pytest.fixture
 def flags(tmp_path, small_tokenizer_path):
     return [*COMMON, "--tokenizer_path", str(small_tokenizer_path), "--out_dir", str(tmp_path / "out")]
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Run a script in this process, which spares the imports; gives what run_script gives."""
-
-    def run(*words):
-        capfd.readouterr()
-        words = [str(word) for word in words]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        captured = capfd.readouterr()
-        return subprocess.CompletedProcess(words, caught.value.code or 0, captured.out, captured.err)
-
-    return run
-
-
-def good(process):
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 # ---- the stages
@@ -84,14 +62,14 @@ def test_a_parent_of_another_shape_wins_unless_a_flag_says_otherwise(
     assert load_model(tmp_path / "single_chat" / "full_sft_48_moe.pth")[0].config.max_seq_len == 40
 
 
-@pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py"])
+@pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py"])
 def test_help_needs_no_heavy_import_and_describes_every_flag(script):
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{script!r}, '--help']\n"
         f"try: runpy.run_path({script!r}, run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "assert not {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()\n"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     text = good(process)
@@ -103,13 +81,8 @@ def test_help_needs_no_heavy_import_and_describes_every_flag(script):
 
 
 def test_compiled_and_eager_runs_agree_and_write_the_same_names(
-    run, flags, tmp_path, sft_csv, pretrain_csv, monkeypatch
+    run, flags, tmp_path, sft_csv, pretrain_csv, traced_only
 ):
-    # The real backend needs half a minute of C++ compilation; this one traces the same graphs and runs them as they
-    # are.
-    compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_function(model, backend="eager", **options))
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     flags += ["--n_layers", 1]
     good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 2))
@@ -247,12 +220,10 @@ def test_two_ranks_train_as_one_process_of_twice_the_batch(run, flags, tmp_path,
     single, metadata = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
     words[words.index("--batch_size") + 1] = 2
     words += ["--overwrite"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.run([*launcher, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert good(process).count("model: ") == 1
+    assert good(run_two_ranks(*words)).count("model: ") == 1
     assert_same_run(tmp_path, single, metadata)
     # Two ranks begin, one process goes on.
-    subprocess.run([*launcher, *map(str, words), "--stop_after", "3"], cwd=ROOT, check=True, timeout=120)
+    good(run_two_ranks(*words, "--stop_after", 3))
     words[words.index("--batch_size") + 1] = 4
     process = run(*words[:-1], "--resume")
     assert good(process) and "the number of processes was 2 and is 1 now; the same rows" in process.stderr
