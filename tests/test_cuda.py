@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dpo_train import PAIR, save_chat
+from test_dpo_train import PAIR
 
-from conftest import TINY, TINY_FLAGS, run_script
+from conftest import TINY, TINY_FLAGS, run_script, save_chat
 from model.checkpoint import load_model
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
