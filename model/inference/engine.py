@@ -103,10 +103,8 @@ class Engine:
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.waiting = [], deque()
         self.cache = self.sampler = self.compiled = None
-        self.adapters, self.adapter = (
-            {None: {}},
-            None,
-        )  # {name: {matrix: weight with it}}, and the name of the one in use
+        self.adapters = {None: {}}  # name: {matrix: its weight with the adapter}; None: as they are without one
+        self.adapter = None  # the name of the one in use
         self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
         if not self.has_memory_for(1):
             size = KVCache.bytes_needed(model.config, 1, self.max_length, model.dtype) / 1e9
