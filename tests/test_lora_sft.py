@@ -461,7 +461,7 @@ def test_a_stock_folder_may_be_the_base(run, words, export, talk, base, adapter,
         (["--resume"], ["--resume", "lora_sft_32.resume.pth"], 1),
         (["--data_path", "none.csv"], ["none.csv: no such file", "--data_path"], 1),
         (["--init_from", "none.pth"], ["none.pth", "no such checkpoint"], 1),
-        (["--dim", 48], ["full_sft_48.pth", "no such checkpoint", "run 3-full_sft.py --multi first", "--init_from"], 1),
+        (["--dim", 48], ["full_sft_48.pth", "no such checkpoint", "run 3-full_sft.py first", "--init_from"], 1),
         (["--use_moe"], ["full_sft_32_moe.pth", "no such checkpoint", "--init_from"], 1),
     ],
 )
@@ -480,7 +480,7 @@ def test_no_chat_model_is_one_line(run, words, out, base):
     base.unlink()
     before = files(out)
     process = run(*words)
-    assert_one_line_error(process, "multi_chat/full_sft_32.pth or ", "run 3-full_sft.py --multi first", "--init_from")
+    assert_one_line_error(process, "multi_chat/full_sft_32.pth or ", "run 3-full_sft.py first", "--init_from")
     assert files(out) == before
 
 

@@ -260,7 +260,7 @@ def _lock(directory):
     """A context for one process at a time; where there are no locks, at worst two processes do the same work."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(directory / ".lock", timeout=0))
+            stack.enter_context(locked(directory / ".lock", timeout=2))  # ranks that only look are quicker
         except Timeout:
             tell(f"waiting for another process that is tokenising into {directory}")
             stack.enter_context(locked(directory / ".lock"))
