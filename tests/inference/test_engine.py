@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling follows its definition, a request doesn't notice its neighbours."""
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -202,6 +203,135 @@ def test_closing_a_stream_frees_its_row(model):
     next(stream)
     stream.close()
     assert not engine.has_work
+
+
+# --------------------------------------------------------------------------------------------------------- under load
+
+
+def run_to_the_end(engine, most=300):
+    """The Deltas of each step."""
+    steps = []
+    while engine.has_work:
+        assert len(steps) < most, "it never ends"
+        steps.append(engine.step())
+    return steps
+
+
+@contextlib.contextmanager
+def tokens_computed(engine):
+    """A list that grows by the number of rows times tokens of every forward pass."""
+    counts, hook = [], lambda module, arguments, options: counts.append((options.get("input_ids", *arguments)).numel())
+    handle = engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def test_a_long_prompt_holds_nobody_up(any_model, monkeypatch):
+    """Those who are running get a token with every piece of it, and no pass is larger than a piece and a token each."""
+    monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    short, long = random_prompts(2, seed=4, longest=5), random_prompts(1, seed=5, longest=1)[0] * 45
+    engine = Engine(any_model)
+    requests = [engine.add(prompt, GREEDY) for prompt in short]
+    engine.step()
+    last = engine.add(long, GREEDY)
+    with tokens_computed(engine) as counts:
+        steps = run_to_the_end(engine)
+    first = next(place for place, deltas in enumerate(steps) if any(delta.request is last for delta in deltas))
+    assert first == 5 and max(counts) <= 8  # 45 tokens, 8 at a time
+    for deltas in steps[:first]:
+        assert [delta.request for delta in deltas] == requests
+    for request, prompt in zip([*requests, last], [*short, long]):
+        assert request.token_ids == greedy_without_cache(any_model, prompt, 12)
+
+
+def test_prompts_are_read_in_the_order_they_came(model, monkeypatch):
+    monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    engine, prompts = Engine(model, max_batch=4), [[7], [8] * 20, [9], [10, 11]]
+    requests = [engine.add(prompt, dataclasses.replace(GREEDY, max_new_tokens=30)) for prompt in prompts[:1]]
+    engine.step()
+    requests += [engine.add(prompt, GREEDY) for prompt in prompts[1:]]
+    began = [delta.request for deltas in run_to_the_end(engine) for delta in deltas if len(delta.request.token_ids)]
+    assert sorted(requests, key=began.index) == requests
+
+
+def test_what_prompts_have_in_common_is_computed_once(any_model):
+    """At the same time, later, after a turn more, and with a beginning that only one of them has."""
+    system, (one, two, three) = list(range(20, 50)), ([60, 61], [70, 71, 72], [80])
+    engine, answers = Engine(any_model, prefix_rows=4), []
+
+    def ask(*prompts):
+        with tokens_computed(engine) as counts:
+            requests = engine.generate(prompts, GREEDY)
+        for request, prompt in zip(requests, prompts):
+            assert request.token_ids == greedy_without_cache(any_model, prompt, 12)
+        answers.append(requests[0].token_ids)
+        return sum(counts) - sum(len(request.token_ids) - 1 for request in requests), [r.reused for r in requests]
+
+    assert ask(system + one) == (32, [0])
+    assert ask(system + two) == (3, [30])
+    again = system + one + answers[0] + three
+    assert ask(again) == (2, [43])  # the last token of the answer was never fed
+    assert ask(again) == (1, [44])  # a prompt's last token is always computed, for the logits behind it
+    assert ask(*[[99] * 25 + [index] for index in range(4)]) == (26 + 3, [0, 25, 25, 25])
+
+
+def test_a_prefix_is_only_for_the_same_adapter(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
+    engine.prefix_rows, prompt = 4, list(range(10, 40))
+    for name in (None, "a", "b", "a", None):
+        request = engine.add(prompt, GREEDY, name)
+        run_to_the_end(engine)
+        assert request.token_ids == greedy_without_cache(models[name], prompt, 12)
+    assert request.reused == 29
+
+
+def test_only_the_latest_prefixes_are_kept(model):
+    engine, prompts = Engine(model, prefix_rows=2), [[token] * 20 for token in (5, 6, 7)]
+
+    def reused(prompt):
+        return engine.generate([prompt], GREEDY)[0].reused
+
+    assert [reused(prompt) for prompt in (*prompts, prompts[1], prompts[0])] == [0, 0, 0, 19, 0]
+    assert len(engine.prefixes) == 2
+    none = Engine(model)
+    assert [none.generate([prompts[0]], GREEDY)[0].reused for _ in range(2)] == [0, 0] and not none.prefixes
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(1, 20), st.integers(1, 8), st.booleans()),
+        min_size=1, max_size=7,
+    ),
+    st.integers(1, 4), st.integers(4, 12), st.integers(0, 3),
+)  # fmt: skip
+def test_pieces_prefixes_and_cancelled_requests_change_no_answer(plan, max_batch, limit, prefix_rows):
+    """plan: for each request the steps before it, how much of a common beginning it has, its own tokens, its answer's
+    length, and whether it is cancelled two steps after it came."""
+    engine, requests, common = (
+        Engine(JOINING_MODEL, max_batch=max_batch, prefix_rows=prefix_rows),
+        [],
+        list(range(50, 80)),
+    )
+    engine.PREFILL_CHUNK = engine.PREFILL_BETWEEN = limit
+    for index, (wait, shared, own, count, cancelled) in enumerate(plan):
+        for _ in range(wait):
+            engine.step()
+        prompt = common[:shared] + [100 + index] * own
+        requests.append(engine.add(prompt, dataclasses.replace(GREEDY, max_new_tokens=count)))
+        if cancelled:
+            engine.step(), engine.step()
+            engine.cancel(requests[-1])
+    run_to_the_end(engine)
+    assert not engine.rows and len(engine.prefixes) <= prefix_rows
+    for request in requests:
+        expected = greedy_without_cache(JOINING_MODEL, request.prompt_ids, request.limit)
+        assert request.token_ids == (
+            expected if request.finish_reason == "length" else expected[: len(request.token_ids)]
+        )
+        assert request.finish_reason in ("length", "cancelled")
 
 
 def test_same_seed_same_answer_other_seed_another(model):
