@@ -27,12 +27,14 @@ from model.tokenizer import StreamDecoder
 class Delta:
     """What one step added to one request: text ("" while a character or a possible stop string is incomplete), token
     ids, and on the last delta finish_reason "stop" (stop token or string), "length" (max_new_tokens or the context is
-    full) or "error" (request.error says what went wrong)."""
+    full) or "error" (request.error says what went wrong). With SamplingParameters.logprobs: for each token id its
+    log-probability and the most probable tokens with theirs, [(token, log-probability), ...]."""
 
     request: "Request"
     text: str
     token_ids: list
     finish_reason: str | None
+    logprobs: list | None = None
 
 
 class Request:
@@ -48,8 +50,8 @@ class Request:
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.held_back = ""
 
-    def accept(self, token):
-        """Take the next token; returns the Delta it causes."""
+    def accept(self, token, log_probability=None):
+        """Take the next token, and what Sampler says of its probability; returns the Delta it causes."""
         stopped = token in self.stop_token_ids
         if not stopped:
             self.token_ids.append(token)
@@ -65,7 +67,11 @@ class Request:
         text, self.held_back = text[:end], text[end:]
         self.text += text
         self.finish_reason = reason
-        return Delta(self, text, [] if stopped else [token], reason)
+        logprobs = None
+        if self.parameters.logprobs is not None:
+            own, best = log_probability
+            logprobs = [] if stopped else [(own, best[: self.parameters.logprobs])]
+        return Delta(self, text, [] if stopped else [token], reason, logprobs)
 
     def fail(self, error):
         """End without an answer, or in the middle of one; returns the Delta that says so."""
@@ -256,8 +262,10 @@ class Engine:
         if older:
             self.cache.rows(0, older).advance(1)
         damaged = "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
+        probabilities = sampler.log_probabilities if running and sampler.log_probabilities else [None] * len(running)
         deltas += [
-            request.fail(damaged) if token < 0 else request.accept(token) for request, token in zip(running, tokens)
+            request.fail(damaged) if token < 0 else request.accept(token, probability)
+            for request, token, probability in zip(running, tokens, probabilities)
         ]
         self.release([request for request in running if request.finish_reason])
         return deltas
@@ -345,7 +353,8 @@ class Engine:
         """A Sampler of the rows of `requests`."""
         histories = [request.prompt_ids + request.token_ids for request in requests]
         parameters = [request.parameters for request in requests]
-        return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device)
+        answers = [request.token_ids for request in requests]
+        return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device, answers)
 
     def decode(self, rows):
         """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""

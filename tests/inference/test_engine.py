@@ -868,6 +868,48 @@ def test_repetition_penalty_lowers_negative_and_positive_logits_of_seen_tokens()
     assert [greedy.pick(logits, [0.5])[0] for _ in range(3)] == [0, 2, 0], "what was picked counts as seen"
 
 
+def test_presence_and_frequency_penalties_by_hand(model):
+    """OpenAI's formula, on the answer's tokens alone; a neighbour without penalties keeps its logits bit for bit."""
+    logits = torch.randn(3, 6)
+    parameters = [SamplingParameters(presence_penalty=0.5, frequency_penalty=-0.25), SamplingParameters(), GREEDY]
+    sampler = Sampler(parameters, [[5, 1, 1, 2], [1, 1], []], 6, logits.device, [[1, 1, 2], [1], []])
+    expected = logits.clone()
+    expected[0, 1] -= 0.5 - 2 * 0.25
+    expected[0, 2] -= 0.5 - 0.25
+    assert torch.allclose(sampler.penalise(logits), expected) and torch.equal(sampler.penalise(logits)[1:], logits[1:])
+    prompt, penalty = [5, 6, 7], dataclasses.replace(GREEDY, frequency_penalty=2.0, presence_penalty=1.0)
+    ids = list(prompt)
+    for _ in range(12):
+        row = full_logits(model, ids)[-1]
+        counts = torch.bincount(torch.tensor(ids[3:], dtype=torch.long), minlength=200)
+        ids.append(int((row - 2.0 * counts - 1.0 * (counts > 0)).argmax()))
+    neighbour, request = Engine(model).generate([[9], prompt], [GREEDY, penalty])
+    assert request.token_ids == ids[3:] and neighbour.token_ids == greedy_without_cache(model, [9], 12)
+
+
+def test_log_probabilities_are_the_models_own(any_model):
+    """Before penalties and temperature; only for those who ask, each as many as it asks for."""
+    prompts = random_prompts(3, seed=6)
+    wanted = [dict(logprobs=3, temperature=0.5, seed=1, presence_penalty=2.0), dict(logprobs=0), dict()]
+    engine = Engine(any_model)
+    requests = [engine.add(ids, dataclasses.replace(GREEDY, **more)) for ids, more in zip(prompts, wanted)]
+    deltas = [delta for step in run_to_the_end(engine) for delta in step]
+    for request, more in zip(requests, wanted):
+        own = [delta for delta in deltas if delta.request is request]
+        if "logprobs" not in more:
+            assert all(delta.logprobs is None for delta in own)
+            continue
+        rows = full_logits(any_model, request.prompt_ids + request.token_ids).log_softmax(-1)[
+            len(request.prompt_ids) - 1 :
+        ]
+        for delta, row, token in zip(own, rows, request.token_ids):
+            ((value, best),) = delta.logprobs
+            assert value == pytest.approx(float(row[token]), abs=1e-4)
+            ids = [index for index, _ in best]
+            assert len(ids) == more["logprobs"] and ids == row.topk(3).indices.tolist()[: len(ids)]
+            assert [number for _, number in best] == pytest.approx(row[ids].tolist(), abs=1e-4)
+
+
 # -------------------------------------------------------------------------------------------------------------- text
 
 
