@@ -168,11 +168,15 @@ class Engine:
         """Queue a prompt (token ids), to be answered with the adapter of that name, and return its Request. Raises what
         check_prompt does, and UserError for a name that add_adapter was not given."""
         request = self.new_request(prompt_ids, parameters, adapter)
-        self.waiting.append(request)
+        self.enqueue(request)
         return request
 
+    def enqueue(self, request):
+        """Queue a Request that new_request has made."""
+        self.waiting.append(request)
+
     def new_request(self, prompt_ids, parameters, adapter=None):
-        """A Request that is not queued yet."""
+        """A Request that is not queued yet, or what is wrong, as add raises it. Any thread may ask: nothing is changed."""
         prompt_ids = list(prompt_ids)
         self.check_prompt(prompt_ids)
         if adapter not in self.adapters:
@@ -221,6 +225,12 @@ class Engine:
             else:
                 self.release([request])
             request.finish_reason = "cancelled"
+
+    def abandon(self):
+        """Forget all requests, and the cache, which an exception may have left in any state; ends none of them."""
+        self.running, self.reading, self.cache, self.sampler = [], [], None, None
+        self.waiting.clear()
+        self.prefixes.clear()
 
     @torch.inference_mode()
     def step(self):

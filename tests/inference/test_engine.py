@@ -197,6 +197,19 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
     assert [second.token_ids, third.token_ids] == [greedy_without_cache(model, prompt, 12) for prompt in prompts[1:]]
 
 
+def test_what_an_abandoned_engine_answers_is_right(model):
+    engine = Engine(model, max_batch=2, prefix_rows=2)
+    engine.generate([[5] * 20], GREEDY)
+    old = [engine.add(prompt, GREEDY) for prompt in random_prompts(3, seed=8)]
+    engine.step()
+    with torch.inference_mode():
+        for tensor in (*engine.cache.keys, *engine.cache.values):
+            tensor.fill_(float("nan"))
+    engine.abandon()
+    assert not engine.has_work and not engine.prefixes and [request.finish_reason for request in old] == [None] * 3
+    assert engine.generate([[5] * 20], GREEDY)[0].token_ids == greedy_without_cache(model, [5] * 20, 12)
+
+
 def test_closing_a_stream_frees_its_row(model):
     engine = Engine(model)
     stream = engine.stream([5, 6, 7], GREEDY)
