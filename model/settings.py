@@ -278,6 +278,38 @@ class InferenceSettings(MachineSettings):
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
 
 
+@dataclasses.dataclass
+class ServerSettings(Checked):
+    """Where the server listens, to whom, and how much it takes."""
+
+    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine's (default: {default})")
+    port: int = flag(8000, "0: any free one (default: {default})", least=0, most=65535)
+    api_key: str = flag(
+        None,
+        "clients must send it (default: the environment's MINIMIND_API_KEY, which other users do not see; else none)",
+        str,
+        metavar="KEY",
+    )
+    cors: str = flag(
+        None, "origins whose web pages may ask, separated by commas, *: any (default: none)", str, metavar="ORIGIN"
+    )
+    model_name: str = flag(None, "what clients call the model (default: the checkpoint's name)", str, metavar="NAME")
+    strict_model: bool = flag(False, "refuse other model names than those of GET /v1/models")
+    max_batch: int = flag(16, "answers written at the same time (default: {default})", least=1)
+    max_waiting: int = flag(64, "requests that may wait beside them; more get status 429 (default: {default})", least=0)
+    max_body_bytes: int = flag(2**20, "largest request; larger ones get status 413 (default: {default})", least=1000)
+    request_timeout: float = flag(600.0, "seconds until an answer is cut off (default: {default})", least=0.1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):  # which is not repeated here
+            raise UserError(
+                "--api_key: must be ASCII characters without spaces, for it is sent in a header", exit_code=2
+            )
+        if self.cors is not None and not all(origin.strip() for origin in self.cors.split(",")):
+            raise UserError(f"--cors: expected origins such as http://localhost:3000, got {self.cors!r}", exit_code=2)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParameters(Checked):
     """How one request picks its tokens. Raises UserError (exit code 2) for values without a meaning.

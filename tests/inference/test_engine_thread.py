@@ -4,18 +4,25 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 
 import pytest
 
+from conftest import trained_scale
 from model.errors import UserError
 from model.inference.engine import Engine
 from model.inference.engine_thread import Closed, EngineThread, QueueFull
+from model.LMConfig import LMConfig
 from model.settings import SamplingParameters
-from test_engine import random_prompts, tiny_model
 
 GREEDY = SamplingParameters(temperature=0.0, max_new_tokens=12, stop_token_ids=())
 ENDLESS = dataclasses.replace(GREEDY, max_new_tokens=10**6)
-MODEL = tiny_model(max_seq_len=256)
+MODEL = trained_scale(LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=200, max_seq_len=256))
+
+
+def random_prompts(count):
+    chance = random.Random(0)
+    return [[chance.randrange(3, 200) for _ in range(chance.randint(1, 30))] for _ in range(count)]
 
 
 @contextlib.contextmanager
