@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from conftest import ROOT, assert_one_line_error, run_script, save_chat, trained_adapter
+from conftest import ROOT, assert_one_line_error, save_chat, trained_adapter
 from model.checkpoint import file_sha256, load_model, save_checkpoint
 
 QUESTION = {"messages": [{"role": "user", "content": "你好"}], "temperature": 0}
@@ -34,40 +33,52 @@ def flags(tmp_path_factory, small_tokenizer, small_tokenizer_path):
 
 @contextlib.contextmanager
 def server(*words, environment=()):
-    """A running server, from the moment it is ready; yields (process, its first two lines, URL)."""
-    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--port", "0", *map(str, words)]
+    """A server that has just been started; yields (process, its URL)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--port", str(port), *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     with subprocess.Popen(command, env={**os.environ, **dict(environment)}, **pipes) as process:
         try:
-            lines = [process.stdout.readline(), process.stdout.readline()]
-            assert lines[1], process.stderr.read()
-            yield process, lines, re.search(r"http://\S+(?=/v1)", lines[1])[0]
+            yield process, f"http://127.0.0.1:{port}"
         finally:
             if process.poll() is None:
                 process.kill()
 
 
-def ended(process, timeout=20):
+def ended(process, timeout=60):
     """(exit code, stderr) of a process that is told to end."""
     _, errors = process.communicate(timeout=timeout)
     return process.returncode, errors
 
 
-def test_it_serves_the_newest_chat_model_and_its_adapters_and_drains(flags):
-    adapter = f"law={flags[1] / 'lora_law_32.pth'}"
-    with server(*flags, "--lora", adapter, "--strict_model") as (process, lines, url):
-        assert "multi_chat/full_sft_32.pth: " in lines[0] and "float32 on cpu, context 4096 tokens" in lines[0]
-        assert lines[1] == f"full_sft_32, adapters law at {url}/v1, Ctrl-C ends it\n"
-        assert [entry["id"] for entry in httpx.get(f"{url}/v1/models").json()["data"]] == ["full_sft_32", "law"]
+def test_it_listens_at_once_serves_the_newest_chat_model_and_its_adapters_and_drains(flags):
+    words = (*flags, "--lora", f"law={flags[1] / 'lora_law_32.pth'}", "--strict_model", "--host", "0.0.0.0")
+    with server(*words, environment={"MINIMIND_API_KEY": "secret-key"}) as (process, url):
+        statuses = []
+        while 200 not in statuses:
+            with contextlib.suppress(httpx.ConnectError):
+                statuses.append(httpx.get(f"{url}/health", timeout=60).status_code)
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        assert set(statuses) == {503, 200}
+        assert "multi_chat/full_sft_32.pth: " in (line := process.stdout.readline())
+        assert "float32 on cpu, context 4096 tokens" in line
+        address = url.replace("127.0.0.1", "0.0.0.0")
+        assert process.stdout.readline() == f"full_sft_32, adapters law at {address}/v1, Ctrl-C ends it\n"
+
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = httpx.Client(base_url=f"{url}/v1", headers={"Authorization": "Bearer secret-key"}, timeout=60)
+        assert [entry["id"] for entry in client.get("/models").json()["data"]] == ["full_sft_32", "law"]
 
         def answer(name):
-            body = {**QUESTION, "model": name, "max_tokens": 8}
-            return httpx.post(f"{url}/v1/chat/completions", json=body).json()
+            return client.post("/chat/completions", json={**QUESTION, "model": name, "max_tokens": 8}).json()
 
         assert answer("law")["model"] == "law" and answer("law")["choices"] != answer("full_sft_32")["choices"]
         assert answer("other")["error"]["code"] == "model_not_found"
-        body = {**QUESTION, "model": "law", "stream": True, "max_tokens": 300, "temperature": 1}
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
+        body = {**QUESTION, "model": "law", "stream": True, "max_tokens": 200, "temperature": 1}
+        with client.stream("POST", "/chat/completions", json=body) as response:
             events = response.iter_lines()
             next(events)
             process.send_signal(signal.SIGTERM)
@@ -76,12 +87,13 @@ def test_it_serves_the_newest_chat_model_and_its_adapters_and_drains(flags):
         assert ended(process) == (0, "")
 
 
-def test_the_originals_curl_and_a_second_ctrl_c(flags):
-    with server(*flags) as (process, _, url):
-        body = (
-            '{"model": "model-identifier", "messages": [{"role": "user", "content": "世界上最高的山是什么？"}], '
-            '"temperature": 0.7, "max_tokens": -1, "stream": true}'
-        )
+def test_the_originals_curl_a_second_ctrl_c_and_a_warning(flags):
+    body = (
+        '{"model": "model-identifier", "messages": [{"role": "user", "content": "世界上最高的山是什么？"}], '
+        '"temperature": 0.7, "max_tokens": -1, "stream": true}'
+    )
+    with server(*flags, "--host", "0.0.0.0", "--temperature", "0", "--max_seq_len", "200000") as (process, url):
+        assert "full_sft" in process.stdout.readline(), process.stderr.read()
         command = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
             first = json.loads(curl.stdout.readline().removeprefix("data: "))
@@ -89,46 +101,20 @@ def test_the_originals_curl_and_a_second_ctrl_c(flags):
             process.send_signal(signal.SIGINT)
             time.sleep(0.3)
             process.send_signal(signal.SIGINT)
-            begun = time.monotonic()
-            assert ended(process) == (0, "") and time.monotonic() - begun < 5
+            code, errors = ended(process)
             lines = [line for line in curl.stdout.read().splitlines() if line]
         assert "shutting down" in lines[-1] or lines[-1] == "data: [DONE]"
+    assert code == 0 and errors.startswith("warning: --host 0.0.0.0 without --api_key"), errors
+    assert "Traceback" not in errors
 
 
-def test_it_listens_while_it_loads_and_wants_the_key_of_the_environment(flags):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "my_openai_api.py", *map(str, flags), "--port", str(port), "--host", "0.0.0.0"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    environment = {**os.environ, "MINIMIND_API_KEY": "secret-key"}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        statuses, url = [], f"http://127.0.0.1:{port}"
-        while 200 not in statuses:
-            with contextlib.suppress(httpx.TransportError):
-                statuses.append(httpx.get(f"{url}/health", timeout=20).status_code)
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.02)
-        assert set(statuses) == {503, 200}
-        assert httpx.get(f"{url}/v1/models").status_code == 401
-        authorized = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret-key"})
-        assert authorized.status_code == 200
-        assert "full_sft_32.pth" in process.stdout.readline()
-        process.send_signal(signal.SIGTERM)
-        assert ended(process) == (0, "")
-
-
-def test_listening_to_all_without_a_key_is_warned_of(flags):
-    with server(*flags, "--host", "0.0.0.0") as (process, _, _):
-        process.send_signal(signal.SIGTERM)
-        code, errors = ended(process)
-    assert code == 0 and errors.startswith("warning: --host 0.0.0.0 without --api_key") and errors.count("\n") == 1
-
-
-def test_what_cannot_be_loaded_ends_it_with_one_line(flags, tmp_path):
+def test_what_cannot_be_loaded_ends_it_with_one_line(run, flags, tmp_path):
     missing = tmp_path / "none.pth"
-    process = run_script("my_openai_api.py", "--port", "0", "--checkpoint", missing, *flags)
+    process = run("my_openai_api.py", "--port", "0", "--checkpoint", missing, *flags)
     assert_one_line_error(process, f"{missing}: no such checkpoint")
+    adapter = flags[1] / "lora_law_32.pth"
+    process = run("my_openai_api.py", "--port", "0", "--lora", f"full_sft_32={adapter}", *flags)
+    assert_one_line_error(process, "--lora full_sft_32: is the model's own name", code=2)
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,7 @@ class Exchange(Response):
         """Cancel the answers when the client leaves."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
+        self.request.scope["outcome"] = "disconnected"
         self.answers.cancel(Disconnected())
 
     async def deltas(self):
@@ -321,19 +322,20 @@ class Exchange(Response):
                 async for index, delta in self.deltas():
                     deltas[index].append(delta)
             except Disconnected:
-                self.request.scope["outcome"] = "disconnected"
                 return Response(status_code=499)  # nobody reads it
         return json_response(self.reply.complete(deltas))
 
     async def __call__(self, scope, receive, send):
         """Send the stream of events."""
-        limit = self.service.settings.request_timeout + GRACE
-        with self.watched(), contextlib.suppress(TimeoutError):  # of a reader that reads nothing, the connection ends
-            async with asyncio.timeout(limit):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                async for content in self.events():
-                    await send({"type": "http.response.body", "body": content, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        with self.watched():
+            try:
+                async with asyncio.timeout(self.service.settings.request_timeout + GRACE):
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    async for content in self.events():
+                        await send({"type": "http.response.body", "body": content, "more_body": True})
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            except TimeoutError:  # who reads nothing sees no error event either: the connection ends
+                self.request.scope["outcome"] = "504"
 
     async def events(self):
         """The stream's server-sent events; an error ends it with an event that says so."""
@@ -344,7 +346,7 @@ class Exchange(Response):
                     yield content
             yield b"".join(map(event, self.reply.last_chunks())) + b"data: [DONE]\n\n"
         except Disconnected:
-            self.request.scope["outcome"] = "disconnected"
+            return
         except ApiError as error:
             self.request.scope["outcome"] = str(error.status)
             yield event(error.body)
