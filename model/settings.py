@@ -278,6 +278,38 @@ class InferenceSettings(MachineSettings):
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
 
 
+@dataclasses.dataclass
+class ServerSettings(Checked):
+    """Where the server listens, to whom, and how much it takes."""
+
+    host: str = flag("127.0.0.1", "address to listen at; 0.0.0.0: all of this machine's (default: {default})")
+    port: int = flag(8000, "0: any free one (default: {default})", least=0, most=65535)
+    api_key: str = flag(
+        None,
+        "clients must send it (default: the environment's MINIMIND_API_KEY, which other users do not see; else none)",
+        str,
+        metavar="KEY",
+    )
+    cors: str = flag(
+        None, "origins whose web pages may ask, separated by commas, *: any (default: none)", str, metavar="ORIGIN"
+    )
+    model_name: str = flag(None, "what clients call the model (default: the checkpoint's name)", str, metavar="NAME")
+    strict_model: bool = flag(False, "refuse other model names than those of GET /v1/models")
+    max_batch: int = flag(16, "answers written at the same time (default: {default})", least=1)
+    max_waiting: int = flag(64, "requests that may wait beside them; more get status 429 (default: {default})", least=0)
+    max_body_bytes: int = flag(2**20, "largest request; larger ones get status 413 (default: {default})", least=1000)
+    request_timeout: float = flag(600.0, "seconds until an answer is cut off (default: {default})", least=0.1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):  # which is not repeated here
+            raise UserError(
+                "--api_key: must be ASCII characters without spaces, for it is sent in a header", exit_code=2
+            )
+        if self.cors is not None and not all(origin.strip() for origin in self.cors.split(",")):
+            raise UserError(f"--cors: expected origins such as http://localhost:3000, got {self.cors!r}", exit_code=2)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParameters(Checked):
     """How one request picks its tokens. Raises UserError (exit code 2) for values without a meaning.
@@ -288,26 +320,34 @@ class SamplingParameters(Checked):
         arXiv 1904.09751), among those top_k left; at least one token always remains.
     repetition_penalty: positive logits of tokens already in prompt or answer are divided by it, negative ones
         multiplied (Keskar et al. 2019, CTRL, arXiv 1909.05858, section 4.1); above 1 discourages repeating.
+    presence_penalty, frequency_penalty: taken from the logits of tokens already in the answer, the first once, the second as
+        often as they occur (OpenAI's API); negative ones encourage repeating.
     max_new_tokens: counts what is generated, never the prompt.
     seed: the same seed, prompt and parameters give the same answer, in float32 whoever shares the batch. In bfloat16 and
         float16 matrix products round differently for another number of rows, so only alone or in the same company (of
         16 sampled answers of 64 tokens 15 differed alone and together, of 16 greedy ones 9). None: a fresh one.
     stop_token_ids: tokens that end the answer and are not part of it; None means the model's eos_token_id.
     stop_strings: texts that end the answer, which is cut before the first of them.
+    logprobs: with each token come its log-probability and those of so many most probable ones, of the model's own
+        distribution, before penalties and temperature; None: none at all.
     """
 
     temperature: float = flag(1.0, "0: always the most probable (default: {default})", least=0)
     top_k: int = flag(0, "of the k most probable tokens, 0: all (default: {default})", least=0)
     top_p: float = flag(1.0, "of the most probable with this much in sum (default: {default})")
     repetition_penalty: float = flag(1.0, "above 1: repeat less (default: {default})", least=0.01, most=100)
+    presence_penalty: float = flag(0.0, "above 0: other tokens (default: {default})", least=-2, most=2)
+    frequency_penalty: float = flag(0.0, "above 0: not the same too often (default: {default})", least=-2, most=2)
     max_new_tokens: int = flag(512, "longest answer, prompt not counted (default: {default})", least=1)
     seed: int = flag(None, "same seed, same answer (default: {default})", int, least=0)
     stop_token_ids: tuple | None = None
     stop_strings: tuple = ()
+    logprobs: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         for name, valid, expected in (
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("stop_strings", not isinstance(self.stop_strings, str) and all(self.stop_strings), "non-empty texts"),
         ):

@@ -6,7 +6,7 @@ Shape letters: B rows, V vocabulary.
 
 import itertools
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 import psutil
@@ -27,12 +27,14 @@ from model.tokenizer import StreamDecoder
 class Delta:
     """What one step added to one request: text ("" while a character or a possible stop string is incomplete), token
     ids, and on the last delta finish_reason "stop" (stop token or string), "length" (max_new_tokens or the context is
-    full) or "error" (request.error says what went wrong)."""
+    full) or "error" (request.error says what went wrong). With SamplingParameters.logprobs: for each token id its
+    log-probability and the most probable tokens with theirs, [(token, log-probability), ...]."""
 
     request: "Request"
     text: str
     token_ids: list
     finish_reason: str | None
+    logprobs: list | None = None
 
 
 class Request:
@@ -43,12 +45,13 @@ class Request:
         self.prompt_ids, self.parameters, self.adapter = prompt_ids, parameters, adapter
         self.stop_token_ids, self.limit = stop_token_ids, limit
         self.token_ids, self.text, self.finish_reason, self.error = [], "", None, None
+        self.read = self.reused = 0  # prompt tokens in the cache, and how many of them came from another request
         self.random = random.Random(parameters.seed)
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.held_back = ""
 
-    def accept(self, token):
-        """Take the next token; returns the Delta it causes."""
+    def accept(self, token, log_probability=None):
+        """Take the next token, and what Sampler says of its probability; returns the Delta it causes."""
         stopped = token in self.stop_token_ids
         if not stopped:
             self.token_ids.append(token)
@@ -64,7 +67,11 @@ class Request:
         text, self.held_back = text[:end], text[end:]
         self.text += text
         self.finish_reason = reason
-        return Delta(self, text, [] if stopped else [token], reason)
+        logprobs = None
+        if self.parameters.logprobs is not None:
+            own, best = log_probability
+            logprobs = [] if stopped else [(own, best[: self.parameters.logprobs])]
+        return Delta(self, text, [] if stopped else [token], reason, logprobs)
 
     def fail(self, error):
         """End without an answer, or in the middle of one; returns the Delta that says so."""
@@ -78,17 +85,29 @@ class Request:
         return next(starts, len(text))
 
 
+def common_start(ids, others):
+    """How many token ids two lists have in common at their beginning."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(ids, others)) if one != other), min(len(ids), len(others))
+    )
+
+
 class Engine:
     """Runs requests through one model. add() queues a request, each step() gives every running one a token.
 
-    Rows 0 .. n-1 of the cache belong to the n running requests; when one leaves, the last row moves into its place, so
-    that each forward pass computes no empty row. Which requests share a pass changes an answer in bfloat16 and float16 by
-    their rounding only, and in float32 not at all (see SamplingParameters.seed). Not thread-safe: one thread owns an
-    engine.
+    Rows 0 .. n-1 of the cache belong to the n running requests, the rows behind them to those whose prompts are still being
+    read; when one leaves, others move up, so that each forward pass computes no empty row. Which requests share a pass
+    changes an answer in bfloat16 and float16 by their rounding only, and in float32 not at all (see
+    SamplingParameters.seed). Not thread-safe: one thread owns an engine.
+
+    Prompts are read in pieces between the steps of the running requests (chunked prefill; Agrawal et al. 2023, SARATHI,
+    arXiv 2308.16369), so that a long one holds nobody up. What a prompt has in common with one that is in the cache, or
+    among the last prefix_rows that were, is copied from there instead of being computed again.
 
     model: a Transformer, left in evaluation mode. tokenizer: needed for text and stop strings, not for token ids.
     max_batch: how many requests run at once; others wait their turn. max_length: most tokens of prompt and answer
-    together, default config.max_seq_len: past it the model meets positions that it was never trained on. compile:
+    together, default config.max_seq_len: past it the model meets positions that it was never trained on. prefix_rows: how
+    many requests that are done are kept for prompts that begin alike; each takes a row's memory at most. compile:
     torch.compile the decoding step, on CUDA once for each doubling of the rows in use, on a CPU only that of a single
     row: more are faster with packed weights.
 
@@ -96,12 +115,15 @@ class Engine:
     the adapter: one that wants another waits, and those behind it, until the running ones are done.
     """
 
-    PREFILL_CHUNK = 512  # prompt tokens per forward pass: bounds the memory of long prompts
+    PREFILL_CHUNK = 512  # prompt tokens per forward pass, padding counted: bounds the memory of long prompts
+    PREFILL_BETWEEN = 256  # the same while others are running, who wait that long
+    SHORTEST_PREFIX = 8  # tokens: fewer are read as quickly as copied
 
-    def __init__(self, model, tokenizer=None, max_batch=16, max_length=None, compile=False):
+    def __init__(self, model, tokenizer=None, max_batch=16, max_length=None, compile=False, prefix_rows=0):
         self.model, self.tokenizer, self.max_batch = install(model.eval()), tokenizer, max_batch
         self.max_length = max_length or model.config.max_seq_len
-        self.running, self.waiting = [], deque()
+        self.running, self.reading, self.waiting = [], [], deque()
+        self.prefixes, self.prefix_rows = OrderedDict(), prefix_rows  # (adapter, token ids): their keys and values
         self.cache = self.sampler = self.compiled = None
         self.adapters = {None: {}}  # name: {matrix: its weight with the adapter}; None: as they are without one
         self.adapter = None  # the name of the one in use
@@ -118,7 +140,7 @@ class Engine:
         """Keep a model.lora.Adapter under `name`, for requests that ask for it; it takes the memory of the matrices that it
         changes. Whether it was trained on these weights, model.lora.check_base tells. Raises UserError where it does not
         fit, or requests for an earlier one of that name are not done."""
-        if name is None or any(request.adapter == name for request in (*self.running, *self.waiting)):
+        if name is None or any(request.adapter == name for request in (*self.rows, *self.waiting)):
             raise UserError(
                 f"an adapter cannot be called {name!r} now: requests for another one of that name are not done"
             )
@@ -146,11 +168,15 @@ class Engine:
         """Queue a prompt (token ids), to be answered with the adapter of that name, and return its Request. Raises what
         check_prompt does, and UserError for a name that add_adapter was not given."""
         request = self.new_request(prompt_ids, parameters, adapter)
-        self.waiting.append(request)
+        self.enqueue(request)
         return request
 
+    def enqueue(self, request):
+        """Queue a Request that new_request has made."""
+        self.waiting.append(request)
+
     def new_request(self, prompt_ids, parameters, adapter=None):
-        """A Request that is not queued yet."""
+        """A Request that is not queued yet, or what is wrong, as add raises it. Any thread may ask: nothing is changed."""
         prompt_ids = list(prompt_ids)
         self.check_prompt(prompt_ids)
         if adapter not in self.adapters:
@@ -182,61 +208,140 @@ class Engine:
         return f"{count:,} parameters, {dtype} on {weight.device}, context {self.max_length} tokens"
 
     @property
+    def rows(self):
+        """The requests that have a row of the cache, in the order of the rows."""
+        return self.running + self.reading
+
+    @property
     def has_work(self):
-        """True while any request is running or waiting."""
-        return bool(self.running or self.waiting)
+        """True while any request is running, being read or waiting."""
+        return bool(self.running or self.reading or self.waiting)
 
     def cancel(self, request):
         """End a request, waiting or running, with finish_reason "cancelled"; one that is done stays as it is."""
         if request.finish_reason is None:
-            if request in self.running:
-                self.release([request])
-            else:
+            if request in self.waiting:
                 self.waiting.remove(request)
+            else:
+                self.release([request])
             request.finish_reason = "cancelled"
+
+    def abandon(self):
+        """Forget all requests, and the cache, which an exception may have left in any state; ends none of them."""
+        self.running, self.reading, self.cache, self.sampler = [], [], None, None
+        self.waiting.clear()
+        self.prefixes.clear()
 
     @torch.inference_mode()
     def step(self):
-        """One token for every running request, waiting ones admitted first; returns a list of Delta.
+        """One token for every running request and one piece of the prompts that are being read, waiting ones admitted
+        first; returns a list of Delta.
 
-        A request for which memory runs out while it is being admitted, or whose logits are not finite, ends with an
-        "error" and the others go on as if it had never been there. Any other exception is raised; it ends those that
-        were being admitted, while the running ones could go on.
+        A request for which memory runs out while its prompt is read, or whose logits are not finite, ends with an "error"
+        and the others go on as if it had never been there. Any other exception is raised; it ends those whose prompts
+        were being read, while the running ones could go on.
         """
         older, logits, deltas = len(self.running), [], []
-        if self.waiting and not self.running:
-            self.use_adapter(self.waiting[0].adapter)
-        admitted = list(itertools.islice(self.waiting, self.max_batch - older))
-        admitted = list(itertools.takewhile(lambda request: request.adapter == self.adapter, admitted))
-        while len(admitted) > (older == 0) and not self.fits(older + len(admitted)):
-            admitted.pop()  # it waits until others have left
-        if admitted:
-            try:
-                logits.append(self.prefill(admitted))
-            except Exception as error:
-                deltas, admitted = self.reject(admitted, error), []
-                if not is_out_of_memory(error):
-                    raise
+        admitted, pieces = self.admissible(), []  # (request, how many tokens of its prompt are read now)
+        try:
+            self.admit(admitted)
+            pieces = self.next_pieces()
+            if pieces:
+                logits.append(self.prefill(pieces))
+        except Exception as error:
+            deltas, pieces = self.reject([request for request, _ in pieces] or admitted, error), []
+            if not is_out_of_memory(error):
+                raise
+        done = [request for request, count in pieces if request.read + count == len(request.prompt_ids)]
+        if logits:
+            logits[0] = logits[0][: len(done)]  # of the last piece, which is not the prompt's end, there is no use
         if older:
             logits.insert(0, self.decode(older))
-        running = self.running + admitted
-        if not running:
-            return deltas
-        sampler = self.sampler if self.sampler is not None and not admitted else self.new_sampler(running)
-        uniforms = [1.0 - request.random.random() for request in running]
-        tokens = sampler.pick(logits[0] if len(logits) == 1 else torch.cat(logits), uniforms)
+        running, tokens = self.running + done, []
+        sampler = self.sampler
+        if running:
+            if sampler is None or done:
+                sampler = self.new_sampler(running)
+            uniforms = [1.0 - request.random.random() for request in running]
+            tokens = sampler.pick(logits[0] if len(logits) == 1 else torch.cat(logits), uniforms)
 
-        # Only now that nothing can fail any more do the admitted ones run, and the others have one token more.
-        for request in admitted:
-            self.waiting.remove(request)
-        self.running, self.sampler = running, sampler
-        self.cache.rows(0, older).advance(1)
+        # Only now that nothing can fail any more are the pieces read, and have the others one token more.
+        for request, count in pieces:
+            request.read += count
+        self.running, self.reading, self.sampler = running, self.reading[len(done) :], sampler
+        if older:
+            self.cache.rows(0, older).advance(1)
         damaged = "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
+        probabilities = sampler.log_probabilities if running and sampler.log_probabilities else [None] * len(running)
         deltas += [
-            request.fail(damaged) if token < 0 else request.accept(token) for request, token in zip(running, tokens)
+            request.fail(damaged) if token < 0 else request.accept(token, probability)
+            for request, token, probability in zip(running, tokens, probabilities)
         ]
         self.release([request for request in running if request.finish_reason])
         return deltas
+
+    def admissible(self):
+        """The waiting requests, in the order they came, for which there are rows and the adapter is the same."""
+        if self.waiting and not self.rows:
+            self.use_adapter(self.waiting[0].adapter)
+        taken, room = len(self.rows), itertools.islice(self.waiting, self.max_batch - len(self.rows))
+        admitted = list(itertools.takewhile(lambda request: request.adapter == self.adapter, room))
+        while len(admitted) > (taken == 0) and not self.fits(taken + len(admitted)):
+            admitted.pop()  # it waits until others have left
+        return admitted
+
+    def admit(self, requests):
+        """Give the first ones of self.waiting rows behind all others. Raises what reserve_rows does."""
+        self.reserve_rows(len(self.rows) + len(requests))
+        self.reading += [self.waiting.popleft() for _ in requests]
+        if requests:
+            self.cache.lengths[len(self.rows) - len(requests) :] = 0
+
+    def next_pieces(self):
+        """[(request, tokens), ...] of the prompts to be read now, the first ones of self.reading: whole rests of prompts as
+        long as they stay within the limit together with their padding, and of a longer first one what the limit allows."""
+        limit, pieces = self.PREFILL_BETWEEN if self.running else self.PREFILL_CHUNK, []
+        for request in self.reading:
+            rest = self.reuse(request)
+            longest = max([rest, *(count for _, count in pieces)])
+            if pieces and ((len(pieces) + 1) * longest > limit or self.same_start(request, pieces)):
+                break
+            pieces.append((request, min(rest, limit)))
+            if rest > limit:
+                break
+        return pieces
+
+    def reuse(self, request):
+        """Copy what the prompt of `request` has in common with what the cache holds or held, if that is more than has been
+        read; returns how many tokens are left to read, at least the last one."""
+        row, best = self.rows.index(request), (request.read + self.SHORTEST_PREFIX, None)
+        there = {other: self.held(other) for other in range(len(self.rows)) if other != row}
+        there |= {key: key[1] for key in self.prefixes if key[0] == request.adapter}
+        for key, ids in there.items():
+            best = max(best, (common_start(request.prompt_ids[:-1], ids), key), key=lambda found: found[0])
+        count, source = best
+        if source is not None:
+            if isinstance(source, tuple):
+                self.prefixes.move_to_end(source)
+                self.cache.load_row(row, self.prefixes[source], count)
+            else:
+                self.cache.copy_row(source, row, count)
+            request.reused += count - request.read
+            request.read = count
+        return len(request.prompt_ids) - request.read
+
+    def held(self, row):
+        """The token ids whose keys and values are in a row."""
+        request = self.rows[row]
+        return (request.prompt_ids + request.token_ids)[: int(self.cache.lengths[row])]
+
+    def same_start(self, request, pieces):
+        """Whether one of `pieces` reads what `request` could copy when it is read."""
+        return any(
+            common_start(request.prompt_ids[:-1], other.prompt_ids[: other.read + count])
+            >= request.read + self.SHORTEST_PREFIX
+            for other, count in pieces
+        )
 
     def reject(self, requests, error):
         """Take `requests` from the queue because of the exception `error`; returns their Deltas."""
@@ -246,15 +351,20 @@ class Engine:
             reason = (
                 f"no memory for {count} of up to {self.max_length} tokens: ask fewer at once, or shorten --max_seq_len"
             )
+        deltas = [request.fail(reason) for request in requests]
         for request in requests:
-            self.waiting.remove(request)
-        return [request.fail(reason) for request in requests]
+            if request in self.waiting:
+                self.waiting.remove(request)
+            else:
+                self.release([request])
+        return deltas
 
     def new_sampler(self, requests):
         """A Sampler of the rows of `requests`."""
         histories = [request.prompt_ids + request.token_ids for request in requests]
         parameters = [request.parameters for request in requests]
-        return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device)
+        answers = [request.token_ids for request in requests]
+        return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device, answers)
 
     def decode(self, rows):
         """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
@@ -268,25 +378,18 @@ class Engine:
         with cache.with_fixed_shapes():
             return self.compiled(last, kv_cache=cache).logits[:rows, -1]
 
-    def prefill(self, requests):
-        """Run the prompts of `requests` through the model together, into the rows behind the running ones; logits [B, V]
-        of their first tokens."""
+    def prefill(self, pieces):
+        """Run `pieces` of prompts, [(request, tokens), ...] from next_pieces, through the model together, in the rows behind
+        the running ones; logits [B, V] of what follows each piece."""
         first, device = len(self.running), self.model.device
-        self.reserve_rows(first + len(requests))
-        cache = self.cache.rows(first, first + len(requests))
-        cache.lengths.zero_()
-        prompts = [torch.tensor(request.prompt_ids) for request in requests]
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids, result = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(device), None
-        for start in range(0, ids.shape[1], self.PREFILL_CHUNK):
-            chunk = ids[:, start : start + self.PREFILL_CHUNK]
-            last = (lengths - 1 - start).clamp(0, chunk.shape[1] - 1).to(device)
-            logits = self.model(chunk, kv_cache=cache, padding_side="right", logits_to_keep=last[:, None]).logits[:, 0]
-            cache.advance(chunk.shape[1])
-            goes_on = (lengths > start).to(device)[:, None]
-            result = logits if result is None else torch.where(goes_on, logits, result)
-        cache.lengths.copy_(lengths)
-        return result
+        cache = self.cache.rows(first, first + len(pieces))
+        cache.lengths.copy_(torch.tensor([request.read for request, _ in pieces]))
+        ids = [torch.tensor(request.prompt_ids[request.read : request.read + count]) for request, count in pieces]
+        last = torch.tensor([[count - 1] for _, count in pieces], device=device)
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        logits = self.model(ids, kv_cache=cache, padding_side="right", logits_to_keep=last).logits[:, 0]
+        cache.advance([count for _, count in pieces])
+        return logits
 
     def fits(self, rows):
         """Whether the cache holds so many rows, or could."""
@@ -302,7 +405,7 @@ class Engine:
     def reserve_rows(self, rows):
         """Make the cache hold at least `rows` rows; the number doubles, so a single request pays for one row only.
         Raises MemoryError, or torch's own error, and then leaves the cache as it was."""
-        if self.cache is not None and self.cache.batch >= rows:
+        if rows == 0 or (self.cache is not None and self.cache.batch >= rows):
             return
         batch = min(self.max_batch, max(rows, 2 * self.cache.batch if self.cache else 1))
         if not self.has_memory_for(batch):
@@ -321,13 +424,30 @@ class Engine:
     def release(self, requests):
         """Free the rows of `requests`; rows behind them move up."""
         for request in requests:
-            row, last = self.running.index(request), self.running.pop()
+            row = self.rows.index(request)
             if request.finish_reason == "error":
                 self.cache.clear_row(row)
-            if last is not request:
-                self.cache.move_row(len(self.running), row)
-                self.running[row] = last
-            self.sampler = None
+            elif self.prefix_rows:
+                self.keep(request, row)
+            if request in self.running:
+                last = self.running.pop()
+                if last is not request:
+                    self.cache.move_row(len(self.running), row)
+                    self.running[row] = last
+                row, self.sampler = len(self.running), None
+            else:
+                self.reading.remove(request)
+            for place in range(row, len(self.rows)):  # those being read stay in their order
+                self.cache.move_row(place + 1, place)
+
+    def keep(self, request, row):
+        """Keep what the cache holds of `request` for prompts that begin alike, in place of what that goes on from."""
+        ids = tuple(self.held(row))
+        for key in [key for key in self.prefixes if key[0] == request.adapter and ids[: len(key[1])] == key[1]]:
+            del self.prefixes[key]
+        self.prefixes[request.adapter, ids] = self.cache.save_row(row, len(ids))
+        while len(self.prefixes) > self.prefix_rows:
+            self.prefixes.popitem(last=False)
 
     def stream(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
         """Yield the Deltas of one prompt; their texts join to the answer. Closing the iterator cancels the request."""

@@ -89,10 +89,23 @@ class KVCache:
 
     def move_row(self, source, target):
         """Copy row `source` over row `target`."""
-        length = int(self.lengths[source])
+        self.copy_row(source, target, int(self.lengths[source]))
+
+    def copy_row(self, source, target, count):
+        """Make row `target` hold the first `count` tokens of row `source`."""
         for storage in (*self.keys, *self.values):
-            storage[target, :, :length] = storage[source, :, :length]
-        self.lengths[target] = length
+            storage[target, :, :count] = storage[source, :, :count]
+        self.lengths[target] = count
+
+    def save_row(self, row, count):
+        """A copy of the first `count` tokens of row `row`, for load_row."""
+        return [storage[row, :, :count].clone() for storage in (*self.keys, *self.values)]
+
+    def load_row(self, row, saved, count):
+        """Make row `row` hold the first `count` tokens of what save_row returned."""
+        for storage, kept in zip((*self.keys, *self.values), saved):
+            storage[row, :, :count] = kept[:, :count]
+        self.lengths[row] = count
 
     def clear_row(self, row):
         """Zeros into row `row`, which may hold NaN."""

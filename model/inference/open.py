@@ -1,5 +1,6 @@
 """From settings to a model or a running Engine: which checkpoint, on what device, in which number format."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
         command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
         tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
     return Engine(model, tokenizer, compile=settings.compile, **engine_arguments), named(path, settings.lora)
+
+
+def open_engine_with_adapters(settings, adapters, **engine_arguments):
+    """open_engine, with the LoRA adapters {name: file} for requests that ask for one; where `settings` name no checkpoint,
+    on the base of the first one. Raises UserError also where an adapter does not fit."""
+    adapters = {name: read_adapter(file) for name, file in adapters.items()}
+    base = settings.checkpoint or adapter_base(next(iter(adapters.values()), None))
+    engine, path = open_engine(dataclasses.replace(settings, checkpoint=base), **engine_arguments)
+    for name, adapter in adapters.items():
+        check_base(adapter, path, settings.force)
+        engine.add_adapter(name, adapter)
+    return engine, path
 
 
 def open_model(settings, stages=CHAT_STAGES):

@@ -10,8 +10,9 @@ COLDEST = 1e-5  # a lower temperature picks what greedy decoding picks, and divi
 class Sampler:
     """The sampling parameters of the rows of a batch as tensors: what is the same in every step is prepared once."""
 
-    def __init__(self, parameters, histories, vocab_size, device):
-        """parameters: a SamplingParameters per row; histories: the token ids each row has seen, prompt and answer."""
+    def __init__(self, parameters, histories, vocab_size, device, answers=None):
+        """parameters: a SamplingParameters per row; histories: the token ids each row has seen, prompt and answer; answers:
+        those of the answer alone (default: none yet)."""
         self.precise = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
         def column(name, dtype=torch.float32):
@@ -32,12 +33,24 @@ class Sampler:
             self.seen = torch.zeros(len(parameters), vocab_size, dtype=torch.bool, device=device)
             for seen, history in zip(self.seen, histories):
                 seen[torch.tensor(history, dtype=torch.long, device=device)] = True
+        self.counts = None
+        if any(row.presence_penalty or row.frequency_penalty for row in parameters):
+            self.presence, self.frequency = column("presence_penalty"), column("frequency_penalty")
+            ids = [torch.tensor(answer, dtype=torch.long) for answer in answers or [[]] * len(parameters)]
+            counts = [torch.bincount(answer, minlength=vocab_size) for answer in ids]
+            self.counts = torch.stack(counts).to(device, torch.float32)
+        self.log_probabilities = None  # of the last pick, where a row asks for them
+        wanted = [row.logprobs for row in parameters]
+        self.most_probable = max((count for count in wanted if count is not None), default=None)
 
     def penalise(self, logits):
-        """Apply the repetition penalty to logits [B, V]."""
-        if self.penalty is None:
-            return logits
-        return torch.where(self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits)
+        """Apply the repetition, presence and frequency penalties to logits [B, V]."""
+        if self.penalty is not None:
+            smaller = torch.where(logits > 0, logits / self.penalty, logits * self.penalty)
+            logits = torch.where(self.seen, smaller, logits)
+        if self.counts is not None:
+            logits = logits - self.frequency * self.counts - self.presence * (self.counts > 0)
+        return logits
 
     def distribution(self, logits):
         """Penalised logits [B, V] -> probabilities [B, V], exactly 0 where excluded."""
@@ -77,11 +90,25 @@ class Sampler:
 
         A row's token depends on its own logits, parameters and number alone.
         """
-        logits = self.penalise(logits.float())
+        raw = logits.float()
+        logits = self.penalise(raw)
         largest, chosen = logits.max(dim=-1)  # NaN counts as the largest
         if not self.all_greedy:
             uniforms = torch.tensor(uniforms, dtype=self.precise, device=logits.device)[:, None]
             chosen = torch.where(self.greedy, chosen, self.invert(self.distribution(logits), uniforms))
         if self.seen is not None:
             self.seen.scatter_(1, chosen[:, None], True)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.float32))
+        if self.most_probable is not None:
+            self.note_log_probabilities(raw, chosen)
         return chosen.masked_fill(~largest.isfinite(), -1).tolist()
+
+    def note_log_probabilities(self, logits, chosen):
+        """Put (log-probability, [(token, log-probability), ...] of the most probable ones, in their order) of the token
+        `chosen` [B] in each row of the unpenalised logits [B, V] into self.log_probabilities, a list [B]."""
+        distribution = logits.log_softmax(dim=-1)
+        own = distribution.gather(1, chosen[:, None])[:, 0].tolist()
+        best = distribution.topk(max(1, self.most_probable), dim=-1)
+        pairs = [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
+        self.log_probabilities = list(zip(own, pairs))

@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling follows its definition, a request doesn't notice its neighbours."""
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -196,12 +197,154 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(model):
     assert [second.token_ids, third.token_ids] == [greedy_without_cache(model, prompt, 12) for prompt in prompts[1:]]
 
 
+def test_what_an_abandoned_engine_answers_is_right(model):
+    engine = Engine(model, max_batch=2, prefix_rows=2)
+    engine.generate([[5] * 20], GREEDY)
+    old = [engine.add(prompt, GREEDY) for prompt in random_prompts(3, seed=8)]
+    engine.step()
+    with torch.inference_mode():
+        for tensor in (*engine.cache.keys, *engine.cache.values):
+            tensor.fill_(float("nan"))
+    engine.abandon()
+    assert not engine.has_work and not engine.prefixes and [request.finish_reason for request in old] == [None] * 3
+    assert engine.generate([[5] * 20], GREEDY)[0].token_ids == greedy_without_cache(model, [5] * 20, 12)
+
+
 def test_closing_a_stream_frees_its_row(model):
     engine = Engine(model)
     stream = engine.stream([5, 6, 7], GREEDY)
     next(stream)
     stream.close()
     assert not engine.has_work
+
+
+# --------------------------------------------------------------------------------------------------------- under load
+
+
+def run_to_the_end(engine, most=300):
+    """The Deltas of each step."""
+    steps = []
+    while engine.has_work:
+        assert len(steps) < most, "it never ends"
+        steps.append(engine.step())
+    return steps
+
+
+@contextlib.contextmanager
+def tokens_computed(engine):
+    """A list that grows by the number of rows times tokens of every forward pass."""
+    counts, hook = [], lambda module, arguments, options: counts.append((options.get("input_ids", *arguments)).numel())
+    handle = engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
+def test_a_long_prompt_holds_nobody_up(any_model, monkeypatch):
+    """Those who are running get a token with every piece of it, and no pass is larger than a piece and a token each."""
+    monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    short, long = random_prompts(2, seed=4, longest=5), random_prompts(1, seed=5, longest=1)[0] * 45
+    engine = Engine(any_model)
+    requests = [engine.add(prompt, GREEDY) for prompt in short]
+    engine.step()
+    last = engine.add(long, GREEDY)
+    with tokens_computed(engine) as counts:
+        steps = run_to_the_end(engine)
+    first = next(place for place, deltas in enumerate(steps) if any(delta.request is last for delta in deltas))
+    assert first == 5 and max(counts) <= 8  # 45 tokens, 8 at a time
+    for deltas in steps[:first]:
+        assert [delta.request for delta in deltas] == requests
+    for request, prompt in zip([*requests, last], [*short, long]):
+        assert request.token_ids == greedy_without_cache(any_model, prompt, 12)
+
+
+def test_prompts_are_read_in_the_order_they_came(model, monkeypatch):
+    monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    engine, prompts = Engine(model, max_batch=4), [[7], [8] * 20, [9], [10, 11]]
+    requests = [engine.add(prompt, dataclasses.replace(GREEDY, max_new_tokens=30)) for prompt in prompts[:1]]
+    engine.step()
+    requests += [engine.add(prompt, GREEDY) for prompt in prompts[1:]]
+    began = [delta.request for deltas in run_to_the_end(engine) for delta in deltas if len(delta.request.token_ids)]
+    assert sorted(requests, key=began.index) == requests
+
+
+def test_what_prompts_have_in_common_is_computed_once(any_model):
+    """At the same time, later, after a turn more, and with a beginning that only one of them has."""
+    system, (one, two, three) = list(range(20, 50)), ([60, 61], [70, 71, 72], [80])
+    engine, answers = Engine(any_model, prefix_rows=4), []
+
+    def ask(*prompts):
+        with tokens_computed(engine) as counts:
+            requests = engine.generate(prompts, GREEDY)
+        for request, prompt in zip(requests, prompts):
+            assert request.token_ids == greedy_without_cache(any_model, prompt, 12)
+        answers.append(requests[0].token_ids)
+        return sum(counts) - sum(len(request.token_ids) - 1 for request in requests), [r.reused for r in requests]
+
+    assert ask(system + one) == (32, [0])
+    assert ask(system + two) == (3, [30])
+    again = system + one + answers[0] + three
+    assert ask(again) == (2, [43])  # the last token of the answer was never fed
+    assert ask(again) == (1, [44])  # a prompt's last token is always computed, for the logits behind it
+    assert ask(*[[99] * 25 + [index] for index in range(4)]) == (26 + 3, [0, 25, 25, 25])
+
+
+def test_a_prefix_is_only_for_the_same_adapter(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
+    engine.prefix_rows, prompt = 4, list(range(10, 40))
+    for name in (None, "a", "b", "a", None):
+        request = engine.add(prompt, GREEDY, name)
+        run_to_the_end(engine)
+        assert request.token_ids == greedy_without_cache(models[name], prompt, 12)
+    assert request.reused == 29
+
+
+def test_only_the_latest_prefixes_are_kept(model):
+    engine, prompts = Engine(model, prefix_rows=2), [[token] * 20 for token in (5, 6, 7)]
+
+    def reused(prompt):
+        return engine.generate([prompt], GREEDY)[0].reused
+
+    assert [reused(prompt) for prompt in (*prompts, prompts[1], prompts[0])] == [0, 0, 0, 19, 0]
+    assert len(engine.prefixes) == 2
+    none = Engine(model)
+    assert [none.generate([prompts[0]], GREEDY)[0].reused for _ in range(2)] == [0, 0] and not none.prefixes
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(1, 20), st.integers(1, 8), st.booleans()),
+        min_size=1, max_size=7,
+    ),
+    st.integers(1, 4), st.integers(4, 12), st.integers(0, 3),
+)  # fmt: skip
+def test_pieces_prefixes_and_cancelled_requests_change_no_answer(plan, max_batch, limit, prefix_rows):
+    """plan: for each request the steps before it, how much of a common beginning it has, its own tokens, its answer's
+    length, and whether it is cancelled two steps after it came."""
+    engine, requests, common = (
+        Engine(JOINING_MODEL, max_batch=max_batch, prefix_rows=prefix_rows),
+        [],
+        list(range(50, 80)),
+    )
+    engine.PREFILL_CHUNK = engine.PREFILL_BETWEEN = limit
+    for index, (wait, shared, own, count, cancelled) in enumerate(plan):
+        for _ in range(wait):
+            engine.step()
+        prompt = common[:shared] + [100 + index] * own
+        requests.append(engine.add(prompt, dataclasses.replace(GREEDY, max_new_tokens=count)))
+        if cancelled:
+            engine.step(), engine.step()
+            engine.cancel(requests[-1])
+    run_to_the_end(engine)
+    assert not engine.rows and len(engine.prefixes) <= prefix_rows
+    for request in requests:
+        expected = greedy_without_cache(JOINING_MODEL, request.prompt_ids, request.limit)
+        assert request.token_ids == (
+            expected if request.finish_reason == "length" else expected[: len(request.token_ids)]
+        )
+        assert request.finish_reason in ("length", "cancelled")
 
 
 def test_same_seed_same_answer_other_seed_another(model):
@@ -736,6 +879,48 @@ def test_repetition_penalty_lowers_negative_and_positive_logits_of_seen_tokens()
     assert sampler.penalise(logits).tolist() == [[1.0, -4.0, 1.0, -1.0]]
     greedy = Sampler([SamplingParameters(temperature=0.0, repetition_penalty=10.0)], [[]], 4, logits.device)
     assert [greedy.pick(logits, [0.5])[0] for _ in range(3)] == [0, 2, 0], "what was picked counts as seen"
+
+
+def test_presence_and_frequency_penalties_by_hand(model):
+    """OpenAI's formula, on the answer's tokens alone; a neighbour without penalties keeps its logits bit for bit."""
+    logits = torch.randn(3, 6)
+    parameters = [SamplingParameters(presence_penalty=0.5, frequency_penalty=-0.25), SamplingParameters(), GREEDY]
+    sampler = Sampler(parameters, [[5, 1, 1, 2], [1, 1], []], 6, logits.device, [[1, 1, 2], [1], []])
+    expected = logits.clone()
+    expected[0, 1] -= 0.5 - 2 * 0.25
+    expected[0, 2] -= 0.5 - 0.25
+    assert torch.allclose(sampler.penalise(logits), expected) and torch.equal(sampler.penalise(logits)[1:], logits[1:])
+    prompt, penalty = [5, 6, 7], dataclasses.replace(GREEDY, frequency_penalty=2.0, presence_penalty=1.0)
+    ids = list(prompt)
+    for _ in range(12):
+        row = full_logits(model, ids)[-1]
+        counts = torch.bincount(torch.tensor(ids[3:], dtype=torch.long), minlength=200)
+        ids.append(int((row - 2.0 * counts - 1.0 * (counts > 0)).argmax()))
+    neighbour, request = Engine(model).generate([[9], prompt], [GREEDY, penalty])
+    assert request.token_ids == ids[3:] and neighbour.token_ids == greedy_without_cache(model, [9], 12)
+
+
+def test_log_probabilities_are_the_models_own(any_model):
+    """Before penalties and temperature; only for those who ask, each as many as it asks for."""
+    prompts = random_prompts(3, seed=6)
+    wanted = [dict(logprobs=3, temperature=0.5, seed=1, presence_penalty=2.0), dict(logprobs=0), dict()]
+    engine = Engine(any_model)
+    requests = [engine.add(ids, dataclasses.replace(GREEDY, **more)) for ids, more in zip(prompts, wanted)]
+    deltas = [delta for step in run_to_the_end(engine) for delta in step]
+    for request, more in zip(requests, wanted):
+        own = [delta for delta in deltas if delta.request is request]
+        if "logprobs" not in more:
+            assert all(delta.logprobs is None for delta in own)
+            continue
+        rows = full_logits(any_model, request.prompt_ids + request.token_ids).log_softmax(-1)[
+            len(request.prompt_ids) - 1 :
+        ]
+        for delta, row, token in zip(own, rows, request.token_ids):
+            ((value, best),) = delta.logprobs
+            assert value == pytest.approx(float(row[token]), abs=1e-4)
+            ids = [index for index, _ in best]
+            assert len(ids) == more["logprobs"] and ids == row.topk(3).indices.tolist()[: len(ids)]
+            assert [number for _, number in best] == pytest.approx(row[ids].tolist(), abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- text

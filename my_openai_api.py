@@ -1,0 +1,121 @@
+"""An OpenAI-compatible server: point Open-WebUI, FastGPT, LangChain or the openai package at http://127.0.0.1:8000/v1.
+
+Takes the newest chat checkpoint as 2-eval.py does, or --checkpoint: a .pth of any stage or a Hugging Face folder. It listens
+at once, answers 503 while the model loads, and then prints what it serves. Ctrl-C or SIGTERM: it finishes the answers that it
+has begun; a second one cuts them off.
+
+    python my_openai_api.py
+    python my_openai_api.py --checkpoint out/dpo_512.pth --lora law=out/lora_law_512.pth    # "model": "law" picks it
+    MINIMIND_API_KEY=secret python my_openai_api.py --host 0.0.0.0 --port 8080
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" -d '{"model": "model-identifier",
+      "messages": [{"role": "user", "content": "世界上最高的山是什么？"}], "temperature": 0.7, "max_tokens": -1, "stream": true}'
+"""
+
+import argparse
+import os
+import socket
+import threading
+from pathlib import Path
+
+from model.cli import add_flags, from_flags, script_parser
+from model.errors import UserError, run_main, say, warn
+from model.settings import InferenceSettings, SamplingParameters, ServerSettings
+
+
+def parse_arguments():
+    parser = script_parser(__doc__)
+    add_flags(parser, ServerSettings, "server")
+    add_flags(parser, InferenceSettings, "checkpoint and machine", leave_out=("lora",))
+    several = "a LoRA adapter that clients choose by naming it as their model; may be given several times"
+    parser.add_argument(
+        "--lora", action="append", default=[], dest="adapters", type=named_file, metavar="NAME=FILE", help=several
+    )
+    sampling = "sampling of requests that do not say how (OpenAI's defaults unless set here)"
+    add_flags(parser, SamplingParameters, sampling, leave_out=("max_new_tokens", "seed"))
+    args = parser.parse_args()
+    if len(dict(args.adapters)) < len(args.adapters):
+        parser.error("argument --lora: a name may be given to one adapter only")
+    if args.api_key is None:
+        args.api_key = os.environ.get("MINIMIND_API_KEY") or None
+    return args
+
+
+def named_file(text):
+    """argparse type: ("law", "out/lora_law_512.pth") of "law=out/lora_law_512.pth"."""
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text}")
+    return name, file
+
+
+def listen(host, port):
+    """A listening socket. Raises UserError for an address that is none or taken."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as error:
+        reason = (getattr(error, "strerror", None) or "not an address").partition(" (")[0]
+        raise UserError(f"--host {host} --port {port}: {reason}; choose others, --port 0: any free port") from None
+
+
+def main():
+    args = parse_arguments()
+    settings, engine_settings = from_flags(ServerSettings, args), from_flags(InferenceSettings, args)
+    defaults = from_flags(SamplingParameters, args)
+    listener = listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    if not host.startswith("127.") and host != "::1" and settings.api_key is None:
+        warn(f"--host {settings.host} without --api_key: whoever reaches this machine's port {port} can use the model")
+
+    # Imported after the arguments are read, so that --help answers at once. torch is not among them: it loads with the model.
+    import uvicorn
+
+    from model.inference.api import create_app
+
+    app = create_app(settings=settings, defaults=defaults)
+    service, failures = app.state.service, []
+
+    class Server(uvicorn.Server):
+        """Ends with exit code 0 on SIGINT and SIGTERM alike, and on a second one at once."""
+
+        def handle_exit(self, number, frame):
+            self.force_exit, self.should_exit = self.should_exit, True
+            if self.force_exit:
+                service.close(drain=False)
+
+    # No WebSockets, for JSON bodies are all there is; whoever reads nothing cannot hold up the end for ever.
+    patience = int(settings.request_timeout) + 10
+    config = uvicorn.Config(
+        app, lifespan="off", log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=patience
+    )
+    server = Server(config)
+
+    def load():
+        try:
+            from model.inference.open import open_engine_with_adapters
+
+            rows = settings.max_batch
+            engine, path = open_engine_with_adapters(
+                engine_settings, dict(args.adapters), max_batch=rows, prefix_rows=rows
+            )
+            engine.generate([[engine.model.config.eos_token_id]], SamplingParameters(max_new_tokens=2))  # warm
+            service.start(engine, Path(path).name.removesuffix(".pth"))
+            adapters = f", adapters {', '.join(name for name, _ in args.adapters)}" if args.adapters else ""
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            say(f"{path}: {engine.description}\n{service.name}{adapters} at {url}, Ctrl-C ends it")
+        except BaseException as error:
+            failures.append(error)
+            server.should_exit = True
+
+    loader = threading.Thread(target=load, name="loader", daemon=True)
+    loader.start()
+    server.run(sockets=[listener])
+    loader.join()
+    service.close(drain=not server.force_exit)
+    if failures:
+        raise failures[0]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,149 @@
+"""my_openai_api.py as a process: it listens at once, loads, answers the original's curl, drains and ends; what goes wrong."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from conftest import ROOT, assert_one_line_error, save_chat, trained_adapter
+from model.checkpoint import file_sha256, load_model, save_checkpoint
+
+QUESTION = {"messages": [{"role": "user", "content": "你好"}], "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory, small_tokenizer, small_tokenizer_path):
+    """Flags of a server of a tiny chat model, and an adapter of it beside it."""
+    out = tmp_path_factory.mktemp("out")
+    path = save_chat(out / "multi_chat/full_sft_32.pth", small_tokenizer, max_seq_len=4096)
+    model = load_model(path)[0]
+    weights = trained_adapter(model, ["layers.1.feed_forward.w3", "layers.0.attention.wq"])
+    parent = {"file": str(path), "sha256": file_sha256(path)}
+    metadata = {"stage": "lora_law", "lora": {"alpha": 6.0}, "parent": parent}
+    save_checkpoint(out / "lora_law_32.pth", model, metadata, weights=weights)
+    return ["--out_dir", out, "--tokenizer_path", small_tokenizer_path, "--device", "cpu", "--dtype", "float32"]
+
+
+@contextlib.contextmanager
+def server(*words, environment=()):
+    """A server that has just been started; yields (process, its URL)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "my_openai_api.py"), "--port", str(port), *map(str, words)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    with subprocess.Popen(command, env={**os.environ, **dict(environment)}, **pipes) as process:
+        try:
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+def ended(process, timeout=60):
+    """(exit code, stderr) of a process that is told to end."""
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors
+
+
+def test_it_listens_at_once_serves_the_newest_chat_model_and_its_adapters_and_drains(flags):
+    words = (*flags, "--lora", f"law={flags[1] / 'lora_law_32.pth'}", "--strict_model", "--host", "0.0.0.0")
+    with server(*words, environment={"MINIMIND_API_KEY": "secret-key"}) as (process, url):
+        statuses = []
+        while 200 not in statuses:
+            with contextlib.suppress(httpx.ConnectError):
+                statuses.append(httpx.get(f"{url}/health", timeout=60).status_code)
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        assert set(statuses) == {503, 200}
+        assert "multi_chat/full_sft_32.pth: " in (line := process.stdout.readline())
+        assert "float32 on cpu, context 4096 tokens" in line
+        address = url.replace("127.0.0.1", "0.0.0.0")
+        assert process.stdout.readline() == f"full_sft_32, adapters law at {address}/v1, Ctrl-C ends it\n"
+
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        client = httpx.Client(base_url=f"{url}/v1", headers={"Authorization": "Bearer secret-key"}, timeout=60)
+        assert [entry["id"] for entry in client.get("/models").json()["data"]] == ["full_sft_32", "law"]
+
+        def answer(name):
+            return client.post("/chat/completions", json={**QUESTION, "model": name, "max_tokens": 8}).json()
+
+        assert answer("law")["model"] == "law" and answer("law")["choices"] != answer("full_sft_32")["choices"]
+        assert answer("other")["error"]["code"] == "model_not_found"
+        body = {**QUESTION, "model": "law", "stream": True, "max_tokens": 200, "temperature": 1}
+        with client.stream("POST", "/chat/completions", json=body) as response:
+            events = response.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in events if line]
+        assert rest[-1] == "data: [DONE]" and '"finish_reason":"' in rest[-2]
+        assert ended(process) == (0, "")
+
+
+def test_the_originals_curl_a_second_ctrl_c_and_a_warning(flags):
+    body = (
+        '{"model": "model-identifier", "messages": [{"role": "user", "content": "世界上最高的山是什么？"}], '
+        '"temperature": 0.7, "max_tokens": -1, "stream": true}'
+    )
+    with server(*flags, "--host", "0.0.0.0", "--temperature", "0", "--max_seq_len", "200000") as (process, url):
+        assert "full_sft" in process.stdout.readline(), process.stderr.read()
+        command = ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
+            first = json.loads(curl.stdout.readline().removeprefix("data: "))
+            assert first["choices"][0]["delta"]["role"] == "assistant"
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            code, errors = ended(process)
+            lines = [line for line in curl.stdout.read().splitlines() if line]
+        assert "shutting down" in lines[-1] or lines[-1] == "data: [DONE]"
+    assert code == 0 and errors.startswith("warning: --host 0.0.0.0 without --api_key"), errors
+    assert "Traceback" not in errors
+
+
+def test_what_cannot_be_loaded_ends_it_with_one_line(run, flags, tmp_path):
+    missing = tmp_path / "none.pth"
+    process = run("my_openai_api.py", "--port", "0", "--checkpoint", missing, *flags)
+    assert_one_line_error(process, f"{missing}: no such checkpoint")
+    adapter = flags[1] / "lora_law_32.pth"
+    process = run("my_openai_api.py", "--port", "0", "--lora", f"full_sft_32={adapter}", *flags)
+    assert_one_line_error(process, "--lora full_sft_32: is the model's own name", code=2)
+
+
+@pytest.mark.parametrize(
+    "words, parts, code",
+    [
+        (["--port", "70000"], ["--port", "at most 65535"], 2),
+        (["--host", "no.such.host.invalid"], ["--host no.such.host.invalid --port 8000: "], 1),
+        (["--host", "a" * 300], ["--host aaa"], 1),
+        (["--lora", "law"], ["--lora", "expected NAME=FILE, got law"], 2),
+        (["--lora", "a=x", "--lora", "a=y"], ["--lora", "one adapter only"], 2),
+        (["--api_key", ""], ["--api_key", "must be ASCII"], 2),
+        (["--api_key", "geheim ß"], ["--api_key", "must be ASCII"], 2),
+        (["--cors", "http://a,"], ["--cors: expected origins"], 2),
+        (["--max_batch", "0"], ["--max_batch", "at least 1"], 2),
+        (["--top_p", "0"], ["--top_p"], 2),
+    ],
+)
+def test_wrong_usage(run, words, parts, code):
+    process = run("my_openai_api.py", *words)
+    assert_one_line_error(process, *parts, code=code)
+    assert "geheim" not in process.stderr
+
+
+def test_a_port_in_use(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_one_line_error(run("my_openai_api.py", "--port", port), f"--port {port}: Address already in use")
+
+
+def test_what_listens_first_needs_no_torch():
+    code = "import sys, model.inference.api; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
