@@ -157,7 +157,7 @@ def test_a_server_in_trouble_is_one_line_and_the_conversation_goes_on(talk, fake
     for text in (
         "A: " + place + "the model 'minimind' does not exist (HTTP status 404))\n",
         place + "the prompt has 99 tokens but the context only 64 (HTTP status 400))\n",
-        place + "the key is not the server's; give it with --api_key or OPENAI_API_KEY (HTTP status 401))\n",
+        place + "wants another key than that of OPENAI_API_KEY (HTTP status 401))\n",
         "A: 半句\n" + place + "the answer broke off; is the server still running?)\n",
         "A: 半\n" + place + "no memory left)\n",
         "A: 好\n",
@@ -191,9 +191,9 @@ def test_what_is_wrong_at_the_start_ends_with_one_line(talk, fake, monkeypatch):
         one_line(talk("--base_url", url), url, "cannot be reached", "is the server running")
     one_line(talk("--base_url", "localhost:8000"), "--base_url", "expected a URL", code=2)
     fake.key = KEY
-    for key in ("sk-wrong", None):
-        result = talk(*(("--api_key", key) if key else ()))
-        one_line(result, "the key is not the server's", "--api_key")
+    for words, source in ((("--api_key", "sk-wrong"), "--api_key"), ((), "OPENAI_API_KEY")):
+        result = talk(*words)
+        one_line(result, f"wants another key than that of {source} (HTTP status 401)")
         assert "sk-wrong" not in result[2]
     one_line(talk("--api_key", "密钥"), "--api_key: holds a character", code=2)
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")

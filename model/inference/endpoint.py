@@ -15,12 +15,13 @@ NO_KEY = "none"  # what is sent to a server that wants none
 
 
 class Piece(NamedTuple):
-    """What came next of an answer: its text, how many tokens are to be added to the count, and where it ended by itself
-    finish_reason "stop" or "length"."""
+    """What came next of an answer: its text, how many tokens are to be added to the count, where it ended by itself
+    finish_reason "stop" or "length", and how many of the oldest messages did not fit the context."""
 
     text: str
     tokens: int
     finish_reason: str | None = None
+    dropped: int = 0
 
 
 def check_url(url, flag):
@@ -61,7 +62,8 @@ class Endpoint:
         import openai
 
         check_url(self.url, self.flag)
-        self.key = check_key(self.key, "--api_key" if self.key else "OPENAI_API_KEY")
+        self.key_source = "--api_key" if self.key else "OPENAI_API_KEY"
+        self.key = check_key(self.key, self.key_source)
         timeout = openai.Timeout(WAIT, connect=CONNECT)
         self.client = openai.OpenAI(base_url=self.url, api_key=self.key, timeout=timeout, max_retries=1)
 
@@ -114,7 +116,7 @@ class Endpoint:
             yield
         except openai.APIStatusError as error:
             status = f"HTTP status {error.status_code}"
-            refused = "the key is not the server's; give it with --api_key or OPENAI_API_KEY"
+            refused = f"wants another key than that of {self.key_source}"
             reason = refused if error.status_code in (401, 403) else self.message(error)
             raise UserError(f"{self.place}: {reason} ({status})") from error
         except openai.APITimeoutError as error:
