@@ -24,6 +24,7 @@ MACHINE = ("out_dir", "tokenizer_path", "device", "dtype", "compile")
 LOOK = 0.05  # seconds between two looks at an answer that is being written
 STYLE = """<style>
 .stMainBlockContainer { padding: 1.5rem 1rem 7rem; max-width: 46rem; }
+[data-testid="stBottomBlockContainer"] { padding: 0.5rem 1rem 1.25rem; max-width: 46rem; }
 [data-testid="stText"] { font-family: inherit; line-height: 1.7; white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>"""
 
