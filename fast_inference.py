@@ -10,6 +10,7 @@ st.session_state (one visitor's) or st.cache_resource (everybody's).
 """
 
 import dataclasses
+import re
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def main():
         line, _ = describe(error)
         if line is None:
             raise
-        st.error(line)
+        st.error(plain(line))
         st.button(label["retry"])
 
 
@@ -68,7 +69,7 @@ def header(args):
         choice = {"options": list(LANGUAGES), "format_func": LANGUAGES.get, "label_visibility": "collapsed"}
         language = st.segmented_control("语言 / Language", default="zh", key="language", **choice)
     label = LABELS[language or "zh"]
-    st.caption(label["intro_api"].format(url=args.api) if args.api else label["intro"])
+    st.caption(label["intro_api"].format(url=plain(args.api)) if args.api else label["intro"])
     return label
 
 
@@ -223,13 +224,18 @@ def show_turn(question, answer, name, label, last=False):
 def footer(answer, name, label):
     """Speed of an answer, how it ended, and what went wrong."""
     figures = dict(tokens=answer.tokens, rate=answer.tokens_per_second, first=answer.first_seconds or 0)
-    notes = [label["stats" if answer.text else "stats_empty"].format(model=name, **figures)]
+    notes = [label["stats" if answer.text else "stats_empty"].format(model=plain(name), **figures)]
     notes += [label[answer.finish_reason]] if answer.finish_reason in ("stopped", "length") else []
     st.caption(" · ".join(notes))
     if answer.dropped:
         st.caption(label["dropped"].format(count=answer.dropped))
     if answer.error:
-        st.error(answer.error)
+        st.error(plain(answer.error))
+
+
+def plain(text):
+    """`text`, which a server or a file's name may have chosen, so that Streamlit's Markdown shows it as it is."""
+    return re.sub(r"([\\`*\[\]$<~])", r"\\\1", text)
 
 
 def ask_again():

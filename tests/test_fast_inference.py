@@ -214,6 +214,9 @@ def test_a_server_in_trouble(page, fake, monkeypatch):
     fake.answer = ["好"]
     app = press(app, "regenerate")
     assert said(app)[1] == ("assistant", "好") and not app.error
+    fake.answer = [("error", "![p](http://127.0.0.1:9/p) <b>")]
+    assert press(app, "regenerate").error[0].value.endswith(r"!\[p\](http://127.0.0.1:9/p) \<b>")
+    fake.answer = ["好"]
     fake.finish_reason = "length"
     assert ZH["length"] in captions(ask(app, "再"))
     fake.key = KEY

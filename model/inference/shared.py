@@ -20,41 +20,53 @@ class SharedEngine:
     """
 
     def __init__(self, engine, checkpoint):
-        self.engine, self.checkpoint, self.lock = engine, checkpoint, threading.Lock()
+        self.engine, self.checkpoint = engine, checkpoint
+        self.lock, self.next = threading.Lock(), threading.Lock()
+
+    @contextlib.contextmanager
+    def turn(self):
+        """The engine, for this thread alone. Who waits for it first goes in next: with the lock alone the thread that
+        steps would take it again before any other has woken up."""
+        with self.next:
+            self.lock.acquire()
+        try:
+            yield self.engine
+        finally:
+            self.lock.release()
 
     def add_adapter(self, path):
         """The name under which the engine has the adapter in the file `path`, read unless it has been. Raises UserError
         where it does not fit."""
         name = f"{path}@{path.stat().st_mtime_ns}"
-        with self.lock:
-            if name not in self.engine.adapters:
+        with self.turn() as engine:
+            if name not in engine.adapters:
                 adapter = read_adapter(path)
                 check_base(adapter, self.checkpoint)
-                self.engine.add_adapter(name, adapter)
+                engine.add_adapter(name, adapter)
         return name
 
     def stream(self, messages, parameters, adapter=None):
         """Yield the Pieces of the assistant's next turn after `messages`, as SamplingParameters say; closing the iterator
         ends the request. Raises UserError as Engine.add does, and when the engine fails."""
-        with self.lock:  # the tokenizer is not made for two threads either
-            room = self.engine.max_length, parameters.max_new_tokens
-            ids, dropped = conversation_prompt(self.engine.tokenizer, messages, *room)
-            request = self.engine.add(ids, parameters, adapter)
+        with self.turn() as engine:  # the tokenizer is not made for two threads either
+            room = engine.max_length, parameters.max_new_tokens
+            ids, dropped = conversation_prompt(engine.tokenizer, messages, *room)
+            request = engine.add(ids, parameters, adapter)
         text = tokens = 0  # how much has been handed on
         try:
             yield Piece("", 0, dropped=dropped)
             while request.finish_reason is None:
-                with self.lock:
+                with self.turn():
                     if request.finish_reason is None:  # the step of another thread may have ended it
-                        self.engine.step()
+                        engine.step()
                     piece = Piece(request.text[text:], len(request.token_ids) - tokens, request.finish_reason)
                 text, tokens = text + len(piece.text), tokens + piece.tokens
                 if request.finish_reason == "error":
                     raise UserError(request.error)
                 yield piece
         finally:
-            with self.lock:
-                self.engine.cancel(request)
+            with self.turn():
+                engine.cancel(request)
 
 
 class Answer:
