@@ -10,9 +10,7 @@ Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the sing
     python 2-eval.py --checkpoint a.pth --checkpoint b.pth --report out/report.md     # side by side, .md and .html
 """
 
-import contextlib
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -24,7 +22,6 @@ QUESTIONS = (
     "你知道长江吗？", "第一颗人造卫星是哪个国家发射的？", "你知道泰山在哪里吗？", "世界上最高的山峰是什么？",
     "万有引力是谁提出的？", "你知道大熊猫的主要食物是什么吗？", "海水为什么是咸的？", "一星期有多少天？",
 )  # fmt: skip
-COMMANDS = "/clear forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer, /help says this again"
 
 
 def parse_arguments():
@@ -80,7 +77,7 @@ def main():
     from model.data.conversations import message, parse_history
     from model.evaluation.questions import answer_each, check_prompts, read_questions
     from model.evaluation.scoring import measure_accuracy, print_accuracy
-    from model.inference.chat import chat_prompt, last_exchanges, print_answer
+    from model.inference.chat import chat_prompt, converse, last_exchanges, print_answer, print_stream
     from model.inference.open import open_engine
 
     check_prompts(args.prompt or ())
@@ -96,7 +93,13 @@ def main():
     print(f"{path}: {engine.description}")
 
     if args.interactive:
-        converse(engine, parameters, args.history)
+
+        def reply(messages, write):
+            *history, question = messages
+            ids = chat_prompt(engine, history, question["content"], parameters)
+            print_stream(engine, ids, parameters, write)
+
+        converse(reply, args.history)
     elif all("answer" in row for _, row in rows):
         prompts = [chat_prompt(engine, history, row["q"], parameters) for history, (_, row) in zip(histories, rows)]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
@@ -126,39 +129,6 @@ def report(args, several, rows, histories, parameters):
         judge.rate({"q": QUESTIONS[-1]}, [], "一星期有七天。")
     source = args.prompt_file or ("--prompt" if args.prompt else "the fixed list of 2-eval.py")
     write_report(paths, several, rows, histories, parameters, source, judge)
-
-
-def converse(engine, parameters, remembered):
-    """Questions from the terminal until /exit, Ctrl-D or Ctrl-C; Ctrl-C during an answer stops only the answer."""
-    from model.data.conversations import message
-    from model.inference.chat import last_exchanges, print_answer
-
-    sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
-    with contextlib.suppress(ImportError):  # Windows has none
-        importlib.import_module("readline")  # input() then edits whole characters and remembers earlier lines
-    print(COMMANDS)
-    history = []
-    while True:
-        print()
-        try:
-            question = input("Q: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if question == "/exit":
-            return
-        if question == "/clear":
-            history = []
-        elif question == "/help":
-            print(COMMANDS)
-        elif question:
-            try:
-                text = print_answer(engine, last_exchanges(history, remembered), question, parameters)
-                history += [message("user", question), message("assistant", text)]
-            except KeyboardInterrupt:
-                print(" (stopped)")
-            except UserError as error:
-                print(f"({error})")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -135,7 +136,8 @@ def running_script():
 
 if running_script():
     sys.excepthook, sys.unraisablehook = leave_early, ignore_interrupt
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell had it ignored, as with &
+    own = threading.current_thread() is threading.main_thread()  # not the page's, which Streamlit runs in others
+    if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as with the shell's &
         signal.signal(signal.SIGINT, interrupt)
 
 

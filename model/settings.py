@@ -353,3 +353,17 @@ class SamplingParameters(Checked):
         ):
             if not valid:
                 raise UserError(f"--{name}: must be {expected}, got {getattr(self, name)!r}", exit_code=2)
+
+
+@dataclasses.dataclass
+class EndpointSettings(Checked):
+    """Which OpenAI-compatible server answers, and how it picks its tokens; None: as the server does by itself."""
+
+    base_url: str = flag("http://127.0.0.1:8000/v1", "address of its API (default: {default})", metavar="URL")
+    api_key: str = flag(None, "its key (default: OPENAI_API_KEY, else none)", str, metavar="KEY")
+    model: str = flag(None, "name of the model (default: the first that the server lists)", str, metavar="NAME")
+    temperature: float = flag(None, "0: always the most probable (default: the server's)", float, least=0)
+    top_p: float = flag(
+        None, "of the most probable with this much in sum (default: the server's)", float, least=0, most=1
+    )
+    max_tokens: int = flag(None, "longest answer (default: the server's)", int, least=1)

@@ -148,6 +148,17 @@ def chat_flags(out, small_tokenizer_path):
     return [*shape, "--tokenizer_path", str(small_tokenizer_path), "--out_dir", str(out), *CPU_FLAGS]
 
 
+@pytest.fixture
+def fake():
+    """A FakeEndpoint that serves."""
+    from fake_endpoint import FakeEndpoint
+
+    endpoint = FakeEndpoint()
+    endpoint.start()
+    yield endpoint
+    endpoint.stop()
+
+
 def files(folder):
     """Names of all files in `folder` and below."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

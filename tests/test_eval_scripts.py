@@ -257,7 +257,7 @@ def test_a_conversation_remembers_clears_and_leaves_cleanly(run, monkeypatch):
     )
     for leave in (EOFError(), KeyboardInterrupt()):
         assert run("2-eval.py", "--interactive", stdin=(leave,))[0] == 0
-    assert run("2-eval.py", "--interactive", stdin=("/help",))[1].count("/clear forgets the conversation, /exit") == 2
+    assert run("2-eval.py", "--interactive", stdin=("/help",))[1].count("/clear forgets the conversation, ") == 2
 
 
 def test_interactive_without_standard_input():
@@ -302,8 +302,19 @@ def test_ctrl_c_during_an_answer_stops_only_the_answer(run, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(Engine, "step", interrupted)
+    seen = prompts_seen(monkeypatch)
     code, out, err = run("2-eval.py", "--interactive", stdin=("你好", "再见"))
     assert code == 0 and "(stopped)" in out and len(calls) > 3 and not calls[0].has_work
+    answer = out.split("A: ")[1].split(" (stopped)")[0]
+    assert answer and f"<s>assistant\n{answer}</s>\n<s>user\n再见" in seen[1], "as far as it came it was said"
+
+
+def test_the_system_prompt_of_a_conversation(run, monkeypatch):
+    seen = prompts_seen(monkeypatch)
+    lines = ("/system  用一句话回答。", "你好", "/clear", "再见", "/system", "回来", "/sytem 是什么", "/clar")
+    code, out, err = run("2-eval.py", "--interactive", "--max_new_tokens", "2", stdin=lines)
+    assert code == 0 and [text.count("<s>system\n用一句话回答。</s>") for text in seen] == [1, 1, 0, 0], err
+    assert "再见" in seen[2] and seen[3].count("/sytem 是什么") == 1 and "(/clar: no such command" in out
 
 
 def test_bad_input_gets_one_line(run, tmp_path, out_dir):

@@ -1,8 +1,16 @@
-"""Conversations with an engine: the prompt that fits the context, the answer printed while it is being written."""
+"""Conversations: the prompt that fits the context, the answer printed while it is being written, the commands of a
+terminal."""
+
+import contextlib
+import importlib
+import sys
 
 from model.data.conversations import message
 from model.errors import UserError, tell
 from model.tokenizer import encoded_turns, generation_prompt, join_turns
+
+COMMANDS = """/clear forgets the conversation, /system TEXT says how to answer (alone: as before), /exit (or Ctrl-D) leaves,
+Ctrl-C stops an answer, /help says this again"""
 
 
 def split_system(messages):
@@ -46,19 +54,25 @@ def chat_prompt(engine, history, question, parameters):
     return ids
 
 
+def show(text):
+    """Print the next piece of an answer."""
+    print(text, end="", flush=True)
+
+
 def print_answer(engine, history, question, parameters):
     """Print the answer to `question` after the messages `history`; returns its text. Raises what print_stream does."""
-    print("A: ", end="", flush=True)
+    show("A: ")
     return print_stream(engine, chat_prompt(engine, history, question, parameters), parameters)
 
 
-def print_stream(engine, prompt_ids, parameters):
-    """Print the answer while it is being written, and where it was cut; returns its text.
+def print_stream(engine, prompt_ids, parameters, write=show):
+    """Print the answer while it is being written, by write(text), and where it was cut; returns its text.
 
     Raises UserError for a prompt that Engine.check_prompt refuses, and when the engine fails.
     """
-    for delta in engine.stream(prompt_ids, parameters):
-        print(delta.text, end="", flush=True)
+    with contextlib.closing(engine.stream(prompt_ids, parameters)) as deltas:
+        for delta in deltas:
+            write(delta.text)
     request = delta.request
     if request.finish_reason == "error":
         print()
@@ -69,3 +83,60 @@ def print_stream(engine, prompt_ids, parameters):
         print(f" …(cut at {limit})", end="")
     print()
     return request.text
+
+
+def converse(answer, remembered=None, system=None):
+    """A conversation in the terminal, or with the lines of a file or pipe, until /exit, Ctrl-D or Ctrl-C at a question.
+
+    answer(messages, write) gives the assistant's next turn to write(text) as it comes. A UserError that it raises, or
+    Ctrl-C, ends this turn only; what had come of it is remembered as the answer. remembered: how many earlier exchanges
+    it sees, None: all. system: the system prompt to begin with.
+    """
+    sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # input() then edits whole characters and remembers earlier lines
+    print(COMMANDS)
+    turns = []
+    while True:
+        print()
+        try:
+            question = input("Q: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not sys.stdin.isatty():
+            print(question)  # so that it stands in the output as it does on a terminal
+        command, _, rest = question.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/clear":
+            turns = []
+        elif command == "/system":
+            system = rest.strip()
+        elif command == "/help":
+            print(COMMANDS)
+        elif question == command and command[:1] == "/" and command[1:].isalpha():
+            print(f"({command}: no such command; /help lists them)")
+        elif question:
+            before = [message("system", system)] if system else []
+            turns += one_turn(answer, before + last_exchanges(turns, remembered), question)
+
+
+def one_turn(answer, history, question):
+    """Ask `question` after the messages `history` as converse does; returns the two messages it adds to them, none where
+    no word of an answer came."""
+    written = []
+
+    def write(text):
+        show(text)
+        written.append(text)
+
+    show("A: ")
+    try:
+        answer([*history, message("user", question)], write)
+    except KeyboardInterrupt:
+        print(" (stopped)")
+    except UserError as error:
+        print("\n" * bool(written) + f"({error})")
+    text = "".join(written)
+    return [message("user", question), message("assistant", text)] if text else []

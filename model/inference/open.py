@@ -1,11 +1,12 @@
 """From settings to a model or a running Engine: which checkpoint, on what device, in which number format."""
 
 import dataclasses
+import contextlib
 import shlex
 from pathlib import Path
 
 from model.build import SHAPE_FIELDS, explicit_fields, requested_config, required_fields
-from model.checkpoint import check_tokenizer, find_checkpoint, load_model, read_metadata
+from model.checkpoint import check_tokenizer, file_sha256, find_checkpoint, load_model, read_metadata
 from model.device import select_device, select_dtype
 from model.errors import UserError, tell
 from model.inference.engine import Engine
@@ -86,7 +87,43 @@ def latest_checkpoint(settings, stages):
             raise
         for folder in (Path(settings.out_dir), Path(settings.out_dir, "quickstart")):
             for stage in stages:
-                found = [path for path in folder.glob(f"{stage}_*.pth") if path.with_suffix("").suffix != ".resume"]
-                if found:
-                    return max(found, key=lambda path: path.stat().st_mtime)
+                if found := stage_checkpoints(folder, stage):
+                    return found[0]
         raise
+
+
+def stage_checkpoints(folder, stage):
+    """Paths of the checkpoints of a stage, of whatever shape, in `folder`, the newest first."""
+    found = [path for path in Path(folder).glob(f"{stage}_*.pth") if path.with_suffix("").suffix != ".resume"]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def all_checkpoints(out_dir):
+    """Paths of the whole models in `out_dir` and in what quickstart.py wrote there, the best to talk to first: of each
+    folder the chat stages, the last one first, and behind them all what is only pretrained."""
+    folders = (Path(out_dir), Path(out_dir, "quickstart"))
+    return [
+        path
+        for stages in (CHAT_STAGES, PRETRAINED_STAGES)
+        for folder in folders
+        for stage in stages
+        for path in stage_checkpoints(folder, stage)
+    ]
+
+
+def fitting_adapters(out_dir, checkpoint):
+    """Paths of the LoRA adapters beside those checkpoints that say they were trained on the weights in `checkpoint`."""
+    own, found = None, []
+    for folder in (Path(out_dir), Path(out_dir, "quickstart")):
+        for path in stage_checkpoints(folder, "lora"):
+            with contextlib.suppress(UserError):  # a broken description is no offer
+                base = read_metadata(path).get("parent")
+                own = own or recorded_sha256(checkpoint)
+                if isinstance(base, dict) and base.get("sha256") == own:
+                    found.append(path)
+    return found
+
+
+def recorded_sha256(checkpoint):
+    """sha256 of a checkpoint's weights, as its .json says, which is quicker than to read them."""
+    return read_metadata(checkpoint).get("weights_sha256") or file_sha256(checkpoint)

@@ -1,0 +1,164 @@
+"""fast_inference.py in a real browser, on a desktop and on a phone: Chinese is typed, answers come while they are written and
+are stopped, models are switched. Skipped where there is no Chromium: apt-get install chromium fonts-wqy-microhei, or
+python -m playwright install chromium."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, save_chat
+from model.inference.labels import LABELS
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+ZH, EN = LABELS["zh"], LABELS["en"]
+WAIT = 90_000  # milliseconds: a busy machine takes its time
+SIZES = {"desktop": dict(width=1200, height=850), "phone": dict(width=390, height=844)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        own = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        path = own or driver.chromium.executable_path
+        if not Path(path).exists():
+            pytest.skip("no browser: apt-get install chromium, or python -m playwright install chromium")
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root needs it
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def served(*flags):
+    """The page with its flags, served by Streamlit; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", "fast_inference.py", "--server.port", port, "--", *flags]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health")
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def opened(browser, address, size="desktop"):
+    """The page, ready to be typed into; its console must stay free of errors of the page."""
+    page = browser.new_page(viewport=SIZES[size])
+    page.set_default_timeout(WAIT)
+    page.goto(address)
+    page.get_by_test_id("stChatInput").wait_for()
+    return page
+
+
+def ask(page, question):
+    box = page.get_by_test_id("stChatInput").locator("textarea")
+    box.fill(question)
+    box.press("Enter")
+
+
+def answer(page):
+    """The last answer's place."""
+    return page.get_by_test_id("stChatMessage").last
+
+
+def choose(page, label, option):
+    page.get_by_test_id("stSelectbox").filter(has_text=label).locator("input").click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def fits_the_width(page):
+    """Whether nothing sticks out at the side."""
+    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_model_answers_on_desktop_and_phone(browser, tmp_path, small_tokenizer, small_tokenizer_path):
+    out = tmp_path / "out"
+    save_chat(out / "single_chat/full_sft_32.pth", small_tokenizer)
+    save_chat(out / "quickstart/dpo_32.pth", small_tokenizer, seed=1)
+    flags = ("--out_dir", out, "--tokenizer_path", small_tokenizer_path, "--device", "cpu", "--dtype", "float32")
+    with served(*flags) as address:
+        for size in SIZES:
+            page = opened(browser, address, size)
+            page.screenshot(path=tmp_path / f"{size}_start.png")
+            ask(page, "广州有什么好吃的？")
+            page.get_by_text(ZH["regenerate"]).wait_for()
+            assert "广州有什么好吃的？" in page.get_by_test_id("stChatMessage").first.inner_text()
+            assert "single_chat/full_sft_32 · " in answer(page).inner_text() and fits_the_width(page)
+            page.screenshot(path=tmp_path / f"{size}_answer.png")
+            choose(page, ZH["model"], "quickstart/dpo_32")
+            ask(page, "那成都呢？")
+            page.get_by_text("quickstart/dpo_32 · ").wait_for()
+            page.get_by_role("button", name=ZH["settings"]).click()
+            page.get_by_text(ZH["temperature"], exact=True).wait_for()
+            assert fits_the_width(page)
+            page.screenshot(path=tmp_path / f"{size}_settings.png")
+            page.keyboard.press("Escape")
+            page.get_by_role("radio", name="English").or_(page.get_by_role("button", name="English")).first.click()
+            page.get_by_role("button", name=EN["clear"]).click()
+            page.get_by_role("button", name=EN["starters"][0]).wait_for()
+            assert page.get_by_test_id("stChatMessage").count() == 0
+            page.close()
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def test_answers_are_streamed_stopped_and_never_html(browser, fake, tmp_path):
+    """Two visitors at once: one stops in the middle and asks on, the other's answer is not touched."""
+    gates = {question: threading.Event() for question in ("甲", "乙")}
+    html = '<img src="x" onerror="document.title=\'broken into\'"><b>粗</b> ![p](http://127.0.0.1:9/p.png)'
+
+    def pieces(body):
+        question = body["messages"][-1]["content"]
+        if question == "长":
+            return (f"{number}，" for number in range(10**6))
+        return ["开头", gates[question], "结尾"] if question in gates else [html]
+
+    fake.answer, fake.pause = pieces, 0.02
+    with served("--api", fake.url) as address:
+        first, second = opened(browser, address), opened(browser, address, "phone")
+        ask(first, "长")
+        ask(second, "乙")
+        first.get_by_text("5，6，7，").wait_for()
+        second.get_by_text("开头").wait_for()
+        first.screenshot(path=tmp_path / "streaming.png")
+        first.get_by_role("button", name=ZH["stop"]).click()
+        first.get_by_text(ZH["stopped"]).wait_for()
+        assert fake.ended.wait(20) and fake.disconnects == 1, "the server has been told"
+        written = answer(first).inner_text()
+        assert "5，6，7，" in written and not first.get_by_text("▌").count()
+
+        ask(first, "甲")  # while it comes, a slider moves: the answer goes on
+        first.get_by_text("开头").wait_for()
+        first.get_by_role("button", name=ZH["settings"]).click()
+        first.get_by_role("slider").first.press("ArrowRight")
+        first.keyboard.press("Escape")
+        gates["甲"].set()
+        first.get_by_text("开头结尾").wait_for()
+        assert [message["content"] for message in fake.requests[-1]["messages"]][0] == "长"
+
+        ask(first, "网页")
+        first.get_by_text("<b>粗</b>").wait_for()
+        assert first.title() == "MiniMind" and not answer(first).locator("img, b").count()
+        choose(first, ZH["model"], "minimind-lora")
+        ask(first, "网页")
+        first.get_by_text("minimind-lora · ").wait_for()
+        assert fake.requests[-1]["model"] == "minimind-lora"
+
+        gates["乙"].set()
+        second.get_by_text("开头结尾").wait_for()
+        second.screenshot(path=tmp_path / "phone.png")
