@@ -1,7 +1,7 @@
 """From settings to a model or a running Engine: which checkpoint, on what device, in which number format."""
 
-import dataclasses
 import contextlib
+import dataclasses
 import shlex
 from pathlib import Path
 
