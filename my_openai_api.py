@@ -113,6 +113,7 @@ def main():
     server.run(sockets=[listener])
     loader.join()
     service.close(drain=not server.force_exit)
+    service.join()
     if failures:
         raise failures[0]
 

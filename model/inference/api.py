@@ -57,7 +57,8 @@ def create_app(engine=None, settings=ServerSettings(), defaults=SamplingParamete
     @contextlib.asynccontextmanager
     async def lifespan(app):
         yield
-        await asyncio.to_thread(service.close)
+        service.close()
+        await asyncio.to_thread(service.join)
 
     app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
@@ -203,12 +204,15 @@ class Service:
             self.thread.close()
 
     def close(self, drain=True):
-        """Take no more requests; with drain, wait until those that are open have ended."""
+        """Take no more requests; without drain, end those that are open. A signal handler may call it."""
         self.closing = True
         if self.thread is not None:
             self.thread.close(drain)
-            if drain:
-                self.thread.join()
+
+    def join(self):
+        """After close(): wait until the open requests have ended."""
+        if self.thread is not None:
+            self.thread.join()
 
     def engine_thread(self):
         """The EngineThread; ApiError 503 while there is none, or no more."""
@@ -238,7 +242,7 @@ class Service:
                 raise ApiError(
                     400,
                     f"{problem}: shorten it",
-                    next(iter(body.model_fields_set & {"messages", "prompt"})),
+                    body.prompt_field,
                     "context_length_exceeded",
                 )
         parameters = [body.parameters(self.defaults, choice) for choice in range(body.choices)]

@@ -30,6 +30,7 @@ UNSUPPORTED = {
     "suffix": ("",),
     "echo": (False,),
 }
+MOST_PROMPTS = 1000  # of a request; the queue holds fewer, but that is known only when all have been encoded
 LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity; OpenAI's number for it
 
 
@@ -200,6 +201,8 @@ def refusal(name, message):
 class ChatRequest(SamplingRequest):
     """Body of POST /v1/chat/completions."""
 
+    prompt_field: ClassVar = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
@@ -231,6 +234,8 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """Body of POST /v1/completions."""
 
+    prompt_field: ClassVar = "prompt"
+
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -241,8 +246,10 @@ class CompletionRequest(SamplingRequest):
     best_of: Annotated[int, Field(description="only as n is")] | None = None
 
     @model_validator(mode="after")
-    def check_best_of(self):
+    def check_prompts_and_best_of(self):
         """To choose among more answers than asked for is not supported."""
+        if not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int) and len(self.prompt) > MOST_PROMPTS:
+            raise refusal("prompt", f"prompt: at most {MOST_PROMPTS} at once, got {len(self.prompt)}")
         if self.best_of not in (None, self.choices):
             raise refusal("best_of", "best_of is not supported by this server, except when it equals n")
         return self

@@ -119,6 +119,8 @@ def test_fields_that_nobody_knows_are_ignored():
         (text, dict(prompt=None), "prompt"),
         (text, dict(prompt=[]), "prompt"),
         (text, dict(prompt=[[]]), "prompt.0"),
+        (text, dict(prompt=[""] * 1001), "prompt"),
+        (text, dict(prompt=[[5]] * 1001), "prompt"),
         (text, dict(prompt=[1, "a"]), "prompt.1"),
         (text, dict(prompt=[1, -1]), "prompt.1"),
         (text, dict(prompt=[[1], [2, True]]), "prompt.1.1"),
@@ -132,6 +134,11 @@ def test_fields_that_nobody_knows_are_ignored():
 def test_limits(make, fields, param):
     error = refused(make, **fields)
     assert error["param"] == param and error["type"] == "invalid_request_error" and error["message"]
+
+
+def test_what_is_not_finite_is_called_so():
+    for value in (math.nan, math.inf, -math.inf):
+        assert refused(chat, temperature=value)["message"] == "temperature: Input should be a finite number"
 
 
 def test_of_a_field_of_several_kinds_the_one_that_was_meant_is_explained():

@@ -45,6 +45,11 @@ async def tokens_of(answers):
     return list(tokens.values())
 
 
+def run(coroutine):
+    """asyncio.run, which ends also when the engine's thread has died."""
+    return asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
 async def until(condition, seconds=10):
     async with asyncio.timeout(seconds):
         while not condition():
@@ -62,8 +67,8 @@ def test_many_at_once_get_what_each_gets_alone():
         assert [tokens for (tokens,) in alone] == all_of_them == expected
 
     with engine_thread(max_batch=4) as thread:
-        asyncio.run(ask())
-        asyncio.run(ask())  # from another event loop
+        run(ask())
+        run(ask())  # from another event loop
 
 
 def test_a_bad_prompt_is_refused_where_it_is_submitted():
@@ -76,7 +81,7 @@ def test_a_bad_prompt_is_refused_where_it_is_submitted():
         assert not thread.open
 
     with engine_thread() as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_a_full_queue_takes_all_or_nothing_and_has_room_again():
@@ -95,7 +100,7 @@ def test_a_full_queue_takes_all_or_nothing_and_has_room_again():
         await tokens_of(thread.submit_all([([5], GREEDY)] * 3))
 
     with engine_thread(max_waiting=1, max_batch=2) as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_cancelling_frees_the_rows_of_running_and_waiting_and_ends_the_iterator():
@@ -124,7 +129,7 @@ def test_cancelling_frees_the_rows_of_running_and_waiting_and_ends_the_iterator(
 
     with engine_thread(max_batch=2) as thread:
         engine = thread.engine
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_who_does_not_read_holds_nobody_up():
@@ -135,7 +140,7 @@ def test_who_does_not_read_holds_nobody_up():
         assert len((await tokens_of(unread))[0]) == 12
 
     with engine_thread(max_batch=2) as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_the_deltas_of_a_step_wake_the_event_loop_once():
@@ -148,7 +153,7 @@ def test_the_deltas_of_a_step_wake_the_event_loop_once():
         assert len(calls) < 20 and max(len(pairs) for (pairs,) in calls) == 8
 
     with engine_thread() as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 @pytest.mark.parametrize("error, shown", [(RuntimeError("secret"), "internal error"), (MemoryError(), "out of memory")])
@@ -170,7 +175,7 @@ def test_an_exception_of_the_engine_ends_the_open_requests_and_not_the_thread(mo
 
     expected = [Engine(MODEL).generate([[5, 6]], GREEDY)[0].token_ids]
     with engine_thread(max_batch=2) as thread, caplog.at_level(logging.ERROR):
-        asyncio.run(ask())
+        run(ask())
     assert "the engine failed" in caplog.text and caplog.records[0].exc_info
 
 
@@ -189,7 +194,7 @@ def test_cancelled_in_the_very_step_that_fails(monkeypatch):
         await tokens_of(thread.submit([5, 6], GREEDY))
 
     with engine_thread(max_batch=2) as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_close_drains_and_takes_no_more():
@@ -201,7 +206,7 @@ def test_close_drains_and_takes_no_more():
         assert [len(tokens) for tokens in await tokens_of(answers)] == [12] * 5
 
     with engine_thread(max_batch=2) as thread:
-        asyncio.run(ask())
+        run(ask())
         thread.join(10)
         assert not thread.thread.is_alive()
 
@@ -216,14 +221,16 @@ def test_close_at_once_ends_the_open_ones_with_an_error():
         assert reasons == ["error"] * 3 and "shutting down" in answers.requests[0].error
 
     with engine_thread(max_batch=2) as thread:
-        asyncio.run(ask())
+        run(ask())
 
 
 def test_a_reader_whose_event_loop_is_gone_leaves_no_row():
     async def ask():
-        await anext(thread.submit_all([([5], ENDLESS)] * 2))
+        answers = thread.submit_all([([5], ENDLESS)] * 2)
+        await anext(answers)
+        return answers.requests
 
     with engine_thread() as thread:
-        asyncio.run(ask())
-        asyncio.run(until(lambda: not thread.open))
-        assert not thread.engine.rows
+        requests = run(ask())
+        run(until(lambda: not thread.open))
+        assert not thread.engine.rows and {request.finish_reason for request in requests} == {"cancelled"}
