@@ -142,10 +142,13 @@ def test_answers_are_streamed_stopped_and_never_html(browser, fake, tmp_path):
         written = answer(first).inner_text()
         assert "5，6，7，" in written and not first.get_by_text("▌").count()
 
-        ask(first, "甲")  # while it comes, a slider moves: the answer goes on
+        ask(first, "长")
+        first.get_by_text("5，6，7，").nth(1).wait_for()
+        ask(first, "甲")  # whoever asks on stops the answer; while it comes, a slider moves: the answer goes on
         first.get_by_text("开头").wait_for()
         first.get_by_role("button", name=ZH["settings"]).click()
         first.get_by_role("slider").first.press("ArrowRight")
+        assert fake.disconnects == 2
         first.keyboard.press("Escape")
         gates["甲"].set()
         first.get_by_text("开头结尾").wait_for()

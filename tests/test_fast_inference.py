@@ -21,7 +21,7 @@ def page(monkeypatch):
 
     def open_page(*words):
         monkeypatch.setattr(sys, "argv", ["fast_inference.py", *map(str, words)])
-        return checked(AppTest.from_file(str(ROOT / "fast_inference.py"), default_timeout=30).run())
+        return checked(AppTest.from_file(str(ROOT / "fast_inference.py"), default_timeout=120).run())
 
     return open_page
 
@@ -141,6 +141,10 @@ def test_models_and_the_adapters_that_fit(local, out, small_tokenizer):
     app = checked(app.selectbox(key="model").select(out / "quickstart/dpo_32.pth").run())
     assert len(app.selectbox) == 1, "no adapter fits the other model"
     assert said(press(app, "regenerate"))[1] != plain and "quickstart/dpo_32 · " in captions(app)
+    base.write_bytes((out / "quickstart/dpo_32.pth").read_bytes())  # another model under the old description
+    app = checked(app.selectbox(key="model").select(base).run())
+    app = checked(app.selectbox(key=f"adapter of {base}").select(out / "lora_tone_32.pth").run())
+    assert "lora_tone_32.pth: was trained on" in app.error[0].value
 
 
 def test_a_model_is_loaded_once_and_again_when_its_file_is_new(local, out, small_tokenizer, monkeypatch):

@@ -45,16 +45,27 @@ def test_many_threads_get_what_each_would_get_alone(shared):
 
 def test_who_comes_later_does_not_wait_for_the_end_of_others(shared):
     """A thread that only steps would have the lock again before the one that asks has woken up."""
-    long = SamplingParameters(temperature=0, max_new_tokens=400, stop_token_ids=())
-    first = Answer(shared.stream(question("你好"), long))
-    while not first.tokens:
-        time.sleep(0.001)
-    second = Answer(shared.stream(question("有什么好吃的？"), SamplingParameters(max_new_tokens=4, stop_token_ids=())))
-    written(second)
-    assert not first.done and second.tokens == 4
-    first.stop()
-    while shared.engine.has_work:
-        time.sleep(0.001)
+    turns, leave = [], threading.Event()
+
+    def step_on():
+        while not leave.is_set():
+            with shared.turn():
+                turns.append(None)
+                time.sleep(0.002)
+
+    stepping = threading.Thread(target=step_on)
+    stepping.start()
+    waited = []
+    try:
+        for _ in range(10):
+            time.sleep(0.003)
+            before = len(turns)
+            with shared.turn():
+                waited.append(len(turns) - before)
+    finally:
+        leave.set()
+        stepping.join()
+    assert sorted(waited)[5] <= 1 and max(waited) <= 3, waited
 
 
 def test_a_stop_frees_the_row_and_keeps_what_has_come(shared):
@@ -107,13 +118,15 @@ def test_a_stop_does_not_wait_for_the_next_piece():
     assert closed.wait(5) and answer.text == "半", "the source is closed at the next piece, which is not taken"
 
 
-def test_nobody_writes_for_a_page_that_is_closed(monkeypatch):
-    monkeypatch.setattr(Answer, "ABANDONED", 0.05)
-    closed, open_gate = threading.Event(), threading.Event()
-    open_gate.set()
-    answer = Answer(endless(open_gate, closed))
-    for _ in range(4):
-        assert not answer.wait(0.02), "somebody looks"
+def test_nobody_writes_for_a_page_that_is_closed():
+    gate, closed = threading.Event(), threading.Event()
+    answer = Answer(endless(gate, closed))
+    while not answer.text:
+        time.sleep(0.001)
+    answer.looked -= Answer.ABANDONED + 1
+    assert not answer.wait(0.001), "somebody looks"
+    answer.looked -= Answer.ABANDONED + 1
+    gate.set()
     assert closed.wait(5) and answer.finish_reason == "stopped"
 
 
