@@ -1,10 +1,11 @@
 """Talk to a chat model in the terminal: fixed questions, your own, or a conversation.
 
-Takes what stage 3 wrote, out/multi_chat/full_sft_<dim>[_moe].pth, else the single-turn one, else what
-`make quickstart` trained; or --checkpoint. The first line says which.
+Takes what the latest stage wrote, out/dpo_<dim>[_moe].pth, else out/multi_chat/full_sft_<dim>[_moe].pth, else the
+single-turn one, else what `make quickstart` trained; or --checkpoint. The first line says which.
 
     python 2-eval.py                                           # the eight fixed questions, same seed, same answers
     python 2-eval.py --prompt "你是谁？" --temperature 0
+    python 2-eval.py --lora out/lora_identity_512.pth          # with a LoRA adapter on its base
     python 2-eval.py --interactive                             # a conversation; /help lists its commands
     python 2-eval.py --prompt_file dataset/heldout/facts.jsonl --json       # rows with answers: accuracy by task
     python 2-eval.py --checkpoint a.pth --checkpoint b.pth --report out/report.md     # side by side, .md and .html

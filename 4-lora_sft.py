@@ -30,7 +30,7 @@ def parse_arguments():
     parser.add_argument("--save_peft", type=Path, metavar="DIR", help="also write it as a folder that peft reads")
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
     defaults = dict(data_path=STAGE.data_path, learning_rate=1e-4, weight_decay=0.0, wandb_project="MiniMind-LoRA")
-    add_training_flags(parser, epochs=3, **defaults)
+    add_training_flags(parser, epochs=3, eval_interval=100, save_interval=100, **defaults)
     return parser.parse_args()
 
 
@@ -77,7 +77,7 @@ def main():
 
     # The loss of stage 3 too. What goes into the file is the adapter, and its .json says on which base it stands.
     flags = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "last_turn_only")
-    identity = {f"--{name}": getattr(args, name) for name in flags}
+    identity = {f"--{name}": getattr(lora, name, getattr(args, name)) for name in flags}
     identity["--init_from (its contents)"] = parent["sha256"]
     described = dict(rank=lora.lora_rank, alpha=lora.lora_alpha, dropout=lora.lora_dropout, targets=matrices)
     names = dict(stage=f"lora_{lora.lora_name}", parent=parent, identity=identity, metadata={"lora": described})

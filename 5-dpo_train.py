@@ -10,7 +10,8 @@ writes  out/dpo_<dim>[_moe].pth, the same .json and .resume.pth, out/logs/*.json
     python 5-dpo_train.py --beta 0.3 --sft_weight 0.2             # stay nearer to the old answers
     python 5-dpo_train.py --resume                                # go on after Ctrl-C, kill -9 or a power cut
 
-The loss starts at ln 2 = 0.6931. Watch margin and accuracy of the held-out pairs, and KL: when only KL still grows, stop.
+The loss starts at ln 2 = 0.6931 (with --sft_weight, above it). Watch margin and accuracy of the held-out pairs, and KL: when only
+KL still grows, stop.
 """
 
 import shlex
@@ -30,7 +31,7 @@ def parse_arguments():
     held_out = "held-out pairs (default: one in twenty of --data_path)"
     parser.add_argument("--validation_path", metavar="JSON", help=held_out)
     defaults = dict(data_path=STAGE.data_path, learning_rate=1e-5, weight_decay=0.0, wandb_project="MiniMind-DPO")
-    add_training_flags(parser, epochs=1, model=ShapeSettings, **defaults)
+    add_training_flags(parser, epochs=1, model=ShapeSettings, eval_interval=20, save_interval=20, **defaults)
     return parser.parse_args()
 
 

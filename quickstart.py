@@ -21,22 +21,22 @@ from model.errors import UserError, command_line, run_main
 from model.files import atomic_write
 from model.stages import STAGES
 
-MODEL = "--preset minimind-tiny --optimizer muon"
+MODEL = "--preset minimind-tiny"
 # Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Small batches: with few tokens
 # to see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came before.
 RECIPE = {
-    "pretrain": ("pretrain", "pretrain_data.csv", "--learning_rate 3e-3 --epochs 1 --batch_size 8"),
+    "pretrain": ("pretrain", "pretrain_data.csv", "--optimizer muon --learning_rate 3e-3 --epochs 1 --batch_size 8"),
     "single_chat/full_sft": (
-        "single_chat/full_sft", "sft_data_single.csv", "--learning_rate 2e-3 --epochs 2 --batch_size 32",
+        "single_chat/full_sft", "sft_data_single.csv", "--optimizer muon --learning_rate 2e-3 --epochs 2 --batch_size 32",
     ),
     "multi_chat/full_sft": (
-        "multi_chat/full_sft", "sft_data.csv", "--learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
+        "multi_chat/full_sft", "sft_data.csv", "--optimizer muon --learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
-        "--lora_name identity --lora_rank 16 --optimizer adamw --learning_rate 1e-3 --epochs 2 --batch_size 8",
+        "--lora_name identity --lora_rank 16 --lora_alpha 16 --optimizer adamw --learning_rate 1e-3 --epochs 2 --batch_size 8",
     ),
-    "dpo": ("dpo", "dpo/train_data.json", "--learning_rate 1e-4 --sft_weight 0.1 --epochs 1 --batch_size 16"),
+    "dpo": ("dpo", "dpo/train_data.json", "--optimizer muon --learning_rate 1e-4 --sft_weight 0.1 --epochs 1 --batch_size 16"),
 }  # fmt: skip
 
 
@@ -120,7 +120,8 @@ class Progress:
 
     def finished(self, name):
         record = self.record(name)
-        return bool(record) and record["step"] >= record["total_steps"]
+        validated = record.get("validation_loss") is not None  # else a signal came in between: --resume makes up for it
+        return validated and record["step"] >= record["total_steps"]
 
     def way_on(self, name):
         """The flag with which a stage goes on, or starts in spite of a checkpoint that does not count."""
@@ -275,7 +276,7 @@ def likelier_before(checkpoint):
     when its log is gone."""
     log = checkpoint.parent / "logs" / f"{checkpoint.stem}.jsonl"
     if log.exists():
-        return json.loads(log.read_text("utf-8").splitlines()[0])["validation_chosen_more_probable"]
+        return json.loads(log.read_text("utf-8").splitlines()[0]).get("validation_chosen_more_probable")
 
 
 def print_table(scores):

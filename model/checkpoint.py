@@ -140,7 +140,8 @@ def read_weights(path):
             raise UserError(f"{file}: {name} holds {tensor.dtype}, no weights; only float formats can be read")
     named = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", name): tensor for name, tensor in state.items()}
     if any(".lora_A." in name for name in named):
-        raise UserError(f"{file}: is a LoRA adapter and no whole model; give it with --lora, beside its base")
+        way_out = "give it with --lora, beside its base, or merge them: export_model.py --lora FILE --format pth"
+        raise UserError(f"{file}: is a LoRA adapter and no whole model; {way_out}")
     embeddings = named.get("tok_embeddings.weight")
     if embeddings is None or embeddings.dim() != 2:
         raise UserError(f"{file}: has no matrix tok_embeddings.weight, so it is not a MiniMind checkpoint")

@@ -161,7 +161,7 @@ class LoraSettings(Checked):
 
     lora_name: str = flag("sft", "names the file: lora_<name>_<dim>.pth (default: {default})")
     lora_rank: int = flag(8, "rows of A and columns of B (default: {default})", least=1)
-    lora_alpha: float = flag(16.0, "the update is alpha / rank times B A (default: {default})", least=0.001)
+    lora_alpha: float = flag(None, "the update is alpha / rank times B A (default: 2 x rank)", float, least=0.001)
     lora_dropout: float = flag(0.0, "of what goes into A (default: {default})", least=0, below=1)
     lora_targets: str = flag(
         "all",
@@ -174,6 +174,8 @@ class LoraSettings(Checked):
         if not re.fullmatch(r"[\w-]+", self.lora_name):
             problem = "must be letters, digits, - and _, for it becomes part of a file's name"
             raise UserError(f"--lora_name: {problem}, got {self.lora_name!r}", exit_code=2)
+        if self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.lora_rank
 
 
 @dataclasses.dataclass
@@ -183,7 +185,8 @@ class PreferenceSettings(Checked):
     beta: float = flag(0.1, "weight of staying near the reference, higher: nearer (default: {default})", least=1e-6)
     loss_type: str = flag(
         "sigmoid",
-        "sigmoid: DPO; ipo: a squared distance from a fixed margin, which cannot grow without end (default: {default})",
+        "sigmoid: DPO; ipo: a squared distance from a margin of 1 / (2 beta) nats per token, which asks for a --beta of "
+        "1 or more (default: {default})",
         choices=("sigmoid", "ipo"),
     )
     sft_weight: float = flag(0.0, "times the chosen answers' next-token loss is added (default: {default})", least=0)

@@ -413,7 +413,8 @@ def test_what_is_exported_is_base_and_adapter_in_one(request, export, base, tmp_
         assert torch.allclose(logits(stock), merged_logits(base, adapter), rtol=0, atol=1e-3)
     if format == "pth":
         assert metadata["stage"] == "lora_sft" and "lora" not in metadata
-        assert metadata["parent"] == {"file": str(base), "sha256": sha256(base)}
+        both = hashlib.sha256((sha256(base) + sha256(adapter)).encode()).hexdigest()
+        assert metadata["parent"] == {"file": f"{base} with {adapter}", "sha256": both}
         assert metadata["weights_sha256"] == sha256(target)
 
 

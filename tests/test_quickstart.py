@@ -36,11 +36,11 @@ def log(text):
 def save():
     path.parent.mkdir(parents=True, exist_ok=True)
     record = dict(step=step, total_steps=6, tokens_seen=10 * step, train_seconds=float(step), when=time.time_ns())
-    record["validation_bits_per_byte"] = 1.0
+    record.update(validation_loss=1.0, validation_bits_per_byte=1.0)
     record.update(validation={"reward_accuracy": 0.75, "chosen_more_probable": 0.5}, dpo={"longer_is_chosen": {"held_out": 0.5}})
     path.write_text(json.dumps(record))
 log(f"from {step}" + "".join(f" {word}" for word in words if word in ("--resume", "--overwrite")))
-while not stops:
+while not stops and step < 6:
     block = pathlib.Path("block").read_text() if pathlib.Path("block").exists() else ""
     if block == f"{name} {step}":
         log(f"waits {os.getpid()}")
@@ -186,6 +186,16 @@ def test_kill_9_and_a_stage_stopped_alone_go_on_too(folder):
     os.kill(stage, signal.SIGINT)
     assert process.communicate(timeout=20)[1].splitlines() == [WAY_ON] and process.returncode == 1
     assert finish(folder)[1] == ["multi_chat/full_sft from 3 --resume", "multi_chat/full_sft to 6", *WHOLE[6:]]
+
+
+def test_a_stage_whose_last_validation_was_cut_short_makes_up_for_it(folder):
+    process, _ = start_and_wait(folder, "single_chat/full_sft 3")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    (path,) = folder.glob("out/quickstart/single_chat/*.json")
+    record = {**json.loads(path.read_text()), "step": 6, "validation_loss": None, "validation_bits_per_byte": None}
+    path.write_text(json.dumps(record))
+    assert finish(folder)[1] == ["single_chat/full_sft from 6 --resume", "single_chat/full_sft to 6", *WHOLE[4:]]
 
 
 def test_a_finished_one_starts_over_and_its_checkpoints_do_not_count_as_new(folder):

@@ -358,7 +358,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(flags, tmp_path, pretrain_csv
     process, _ = start_script(words, until="step 3/")
     process.stdout.close()
     process.stderr.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=180) == 0
     assert load_model(tmp_path / "out" / "pretrain_32.pth")[1]["step"] == 60
 
 

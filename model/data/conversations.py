@@ -148,7 +148,8 @@ def raw_preference(record):
     before_rejected, rejected = split_reply(pair[1], "rejected")
     if before_chosen and before_rejected and before_chosen != before_rejected:
         raise BadRow("chosen and rejected answer different prompts")
-    fields = [field for field in PROMPT_FIELDS if isinstance(record.get(field), str) or record.get(field)]
+    given = [(field, record.get(field)) for field in PROMPT_FIELDS]
+    fields = [field for field, value in given if (value.strip() if isinstance(value, str) else value)]
     prompt = parse_prompt(record, fields[0]) if fields else before_chosen or before_rejected
     if not prompt:
         raise BadRow('no "prompt", "question", "instruction" or conversation before the answers')

@@ -2,7 +2,7 @@
 
 dataset/demo_world/ holds what a learner edits: one CSV row is one thing, relations.json says which column is asked
 about and in which words. From these, DemoWorld makes for every stage what it trains on (raw rows for data_process.py)
-and what it is tested on, of which no question, pair or text is ever trained on:
+and what it is tested on, of which no question, pair or text is trained on in that stage:
 
     stage              trained on                                  held out
     pretraining        statements, dialogues, stories              other sentence patterns (pretrain.csv, cloze.jsonl)
@@ -10,7 +10,7 @@ and what it is tested on, of which no question, pair or text is ever trained on:
                                                                    (arithmetic.jsonl)
     SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
     LoRA               a new name, and a part of the above         other phrasings (identity.jsonl)
-    preferences        4 facts in 5                                the fifth (dpo.json)
+    preferences        4 facts in 5                                the fifth (dpo.json), whose right answers SFT has taught
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
 """
 

@@ -65,7 +65,8 @@ def write_export(settings, output, model, tokenizer, path, card):
         weights = {name: tensor.to(DTYPES[settings.dtype or "float32"]) for name, tensor in model.state_dict().items()}
         weights["output.weight"] = weights["tok_embeddings.weight"]  # one tensor in the file too
         parent = {"file": str(path), "sha256": card.sha256}
-        known = {name: value for name, value in card.metadata.items() if name not in ("config", "versions", "lora")}
+        left_out = ("config", "versions") + (("lora", "parent") if "lora" in card.metadata else ())  # an adapter's base
+        known = {name: value for name, value in card.metadata.items() if name not in left_out}
         known = {"stage": None, "parent": parent, "tokenizer_hash": tokenizer_hash(tokenizer), **known}
         save_checkpoint(output, model, known, weights=weights)
     else:

@@ -138,8 +138,9 @@ class Engine:
 
     def add_adapter(self, name, adapter):
         """Keep a model.lora.Adapter under `name`, for requests that ask for it; it takes the memory of the matrices that it
-        changes. Whether it was trained on these weights, model.lora.check_base tells. Raises UserError where it does not
-        fit, or requests for an earlier one of that name are not done."""
+        changes. Whether it was trained on these weights, model.lora.check_base tells. In half precision it is added to the
+        weights as they are, rounded, where --lora adds first and rounds once. Raises UserError where it does not fit, or
+        requests for an earlier one of that name are not done."""
         if name is None or any(request.adapter == name for request in (*self.rows, *self.waiting)):
             raise UserError(
                 f"an adapter cannot be called {name!r} now: requests for another one of that name are not done"

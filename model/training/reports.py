@@ -166,9 +166,12 @@ def count_parameters(model):
 def flops_per_token(model, length):
     """Floating-point operations of forward and backward for one token in a row of `length` tokens: 6 N + 12 L H Q T
     with N the parameters at work (the tied embedding counts once, as the output product), L layers, H * Q = dim, T the
-    row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B).
+    row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B). Of frozen parameters 4 N: they have no gradient.
     """
-    return 6 * count_parameters(model)[1] + 12 * model.config.n_layers * model.config.dim * length
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    working = count_parameters(model)[1]
+    frozen *= working / count_parameters(model)[0]
+    return 6 * working - 2 * round(frozen) + 12 * model.config.n_layers * model.config.dim * length
 
 
 def peak_flops(device, dtype):
