@@ -180,10 +180,10 @@ def run_script(*words, timeout=120, **options):
 
 
 def run_two_ranks(*words, timeout=200):
-    """run_script in two processes that train together."""
+    """run_script in two processes that train together, each with one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    options = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return subprocess.run([*launcher, *map(str, words)], timeout=timeout, **options)
 
 
 @pytest.fixture

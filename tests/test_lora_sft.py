@@ -237,9 +237,9 @@ def test_compiled_training_agrees(run, words, out, traced_only, small_tokenizer,
 def test_two_ranks_are_one_process_of_twice_the_batch(run, words, out, experts):
     """With experts, some of which have tokens on one rank alone."""
     _, adapter = experts
-    words += ["--learning_rate", "1e-3", "--use_moe", "--overwrite"]
+    words += ["--learning_rate", "1e-3", "--use_moe", "--overwrite", "--log_interval", "1"]
     good(run(*words))
-    single, metadata = torch.load(adapter, weights_only=True), described(adapter)
+    single, log = torch.load(adapter, weights_only=True), records(out, "lora_sft_32_moe")
     words[words.index("--batch_size") + 1] = "2"
     process = run_two_ranks(*words)
     text = good(process)
@@ -248,7 +248,9 @@ def test_two_ranks_are_one_process_of_twice_the_batch(run, words, out, experts):
     assert double.keys() == single.keys()
     for name, tensor in single.items():
         assert torch.allclose(double[name], tensor, rtol=0, atol=1e-5), (name, (double[name] - tensor).abs().max())
-    assert described(adapter)["validation_loss"] == pytest.approx(metadata["validation_loss"], rel=1e-5)
+    for ours, theirs in zip(records(out, "lora_sft_32_moe"), log, strict=True):
+        for name in {"loss", "gradient_norm", "validation_loss"} & theirs.keys():  # AdamW does not tell how large it is
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
 # ---- stop and go on
