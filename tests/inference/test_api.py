@@ -416,7 +416,7 @@ def test_who_leaves_frees_the_row_at_once(server, stream):
 @contextlib.contextmanager
 def lazy_client(server):
     """A client that asks for an endless stream and reads nothing of it."""
-    body = json.dumps({**ENDLESS, "logprobs": True, "top_logprobs": 2}).encode()
+    body = json.dumps({**ENDLESS, "logprobs": True, "top_logprobs": 20}).encode()
     with socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.settimeout(20)
@@ -441,11 +441,11 @@ def test_who_reads_nothing_holds_nobody_up(model, small_tokenizer):
 
 def test_who_reads_nothing_is_cut_off_in_the_end(model, small_tokenizer, monkeypatch):
     monkeypatch.setattr(api, "GRACE", 0.2)
-    with live(model, small_tokenizer, send_buffer=4096, request_timeout=0.5) as server, lazy_client(server) as lazy:
+    with live(model, small_tokenizer, send_buffer=4096, request_timeout=2) as server, lazy_client(server) as lazy:
         while not server.metric("requests_total", endpoint=CHAT, outcome="504"):
             time.sleep(0.005)
         received = b"".join(iter(lambda: lazy.recv(65536), b""))
-        assert b"chat.completion.chunk" in received and b"[DONE]" not in received
+        assert b"chat.completion.chunk" in received and b"longer than" not in received
 
 
 def test_a_full_queue_is_429_and_never_a_hang(model, small_tokenizer, monkeypatch):
@@ -515,6 +515,20 @@ def test_a_bug_of_the_server_is_a_500_without_details(server, monkeypatch):
     response = server.post(CHAT, QUESTION)
     assert_error(response, 500, "internal error")
     assert "secret" not in response.text
+
+
+def test_a_bug_in_mid_stream_frees_the_row(server, monkeypatch):
+    requests = []
+
+    def broken(reply, index, delta):
+        requests.extend(reply.requests)
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(api.ChatReply, "chunks", broken)
+    with pytest.raises(httpx.RemoteProtocolError):
+        server.post(CHAT, ENDLESS)
+    server.wait_until_idle()
+    assert [request.finish_reason for request in requests] == ["cancelled"]
 
 
 def test_while_it_loads(model, small_tokenizer):
