@@ -51,6 +51,14 @@ def model(small_tokenizer):
     return model
 
 
+def until(condition, seconds=20):
+    """Wait until `condition()` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes"
+        time.sleep(0.005)
+
+
 class Live:
     """A server on a free port of loopback, in a thread."""
 
@@ -64,8 +72,7 @@ class Live:
         self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", ws="none"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
+        until(lambda: self.server.started)
 
     def client(self, **options):
         return openai.OpenAI(base_url=f"{self.url}/v1", **{"api_key": "none", "max_retries": 0, **options})
@@ -78,10 +85,8 @@ class Live:
 
     def wait_until_idle(self, seconds=20):
         """Until no request is open and no row taken."""
-        deadline, thread = time.monotonic() + seconds, self.app.state.service.thread
-        while thread.open or self.engine.has_work:
-            assert time.monotonic() < deadline, "a row leaked"
-            time.sleep(0.005)
+        thread = self.app.state.service.thread
+        until(lambda: not thread.open and not self.engine.has_work, seconds)
 
     def close(self):
         self.app.state.service.close(drain=False)
@@ -423,8 +428,7 @@ def lazy_client(server):
         lazy.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         lazy.sendall(head.encode() + b"\r\n\r\n" + body)
-        while not server.metric("generated_tokens_total"):
-            time.sleep(0.005)
+        until(lambda: server.metric("generated_tokens_total"))
         yield lazy
 
 
@@ -435,15 +439,13 @@ def test_who_reads_nothing_holds_nobody_up(model, small_tokenizer):
                 assert server.post(CHAT, QUESTION).json()["choices"][0]["finish_reason"] == "length"
             server.wait_until_idle()  # its answer is complete, read or not
             assert server.metric("requests_total", endpoint=CHAT, outcome="200") == 3
-        while server.metric("requests_total", endpoint=CHAT, outcome="disconnected") == 0:
-            time.sleep(0.005)
+        until(lambda: server.metric("requests_total", endpoint=CHAT, outcome="disconnected"))
 
 
 def test_who_reads_nothing_is_cut_off_in_the_end(model, small_tokenizer, monkeypatch):
     monkeypatch.setattr(api, "GRACE", 0.2)
     with live(model, small_tokenizer, send_buffer=4096, request_timeout=2) as server, lazy_client(server) as lazy:
-        while not server.metric("requests_total", endpoint=CHAT, outcome="504"):
-            time.sleep(0.005)
+        until(lambda: server.metric("requests_total", endpoint=CHAT, outcome="504"))
         received = b"".join(iter(lambda: lazy.recv(65536), b""))
         assert b"chat.completion.chunk" in received and b"longer than" not in received
 
