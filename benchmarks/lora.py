@@ -4,7 +4,7 @@
     python benchmarks/lora.py --compile --lora_rank 16
     python benchmarks/lora.py --batch_size 64              # on a GPU
 
-Both trainings take turns step by step in one process, and so do four ways of one frozen matrix product (w1 of the preset,
+Both trainings take turns step by step in one process, and so do three ways of one frozen matrix product (w1 of the preset,
 a step's rows): the weights in the training's number format; int8 weights with one scale a row (as QLoRA keeps a base in few
 bits), multiplied by torch's int8 kernel; the same turned back into the format at each use. The last line is JSON.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from training import make_step, median_seconds  # noqa: E402
+from training import device_name, make_own_step, median_seconds, waited  # noqa: E402
 
 from model.cli import positive_int  # noqa: E402
 from model.errors import run_main  # noqa: E402
@@ -53,18 +53,6 @@ def matrix_products(rows, weight, dtype, device):
     return {name: waited(way, device) for name, way in ways.items()}
 
 
-def waited(function, device):
-    """`function`, which then returns when the device is done."""
-    import torch
-
-    def call():
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return call
-
-
 def main():
     args = parse_arguments()
     import torch
@@ -74,7 +62,6 @@ def main():
     from model.lora import add_adapter
     from model.model import Transformer
     from model.settings import LoraSettings, ModelSettings
-    from model.training import cpu_kernels
 
     device = select_device(args.device)
     dtype = select_dtype(args.dtype, device)
@@ -86,10 +73,8 @@ def main():
         model = Transformer(config)
         if name == "adapter":
             add_adapter(model, LoraSettings(lora_rank=args.lora_rank))
-        cpu_kernels.install(model, device, dtype, args.compile)
-        model.to(device).rotary_table(args.max_seq_len, device)
         trained[name] = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        steps[name] = make_step(model, batch, device, dtype, args.compile, return_logits=False)
+        steps[name] = make_own_step(model, batch, device, dtype, args.compile)
     seconds = median_seconds(steps, args.steps)
     weight = torch.randn(config.hidden_dim, config.dim)
     products = median_seconds(matrix_products(batch.numel(), weight, dtype, device), 5 * args.steps)
@@ -100,9 +85,7 @@ def main():
         print(f"w1 in {name:34s} {value * 1e3:10.2f} ms")
     format_name, *int8 = products
     result = {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "dtype": format_name,
         "compiled": args.compile,
         "step_of_adapter_to_all_weights": round(seconds["adapter"] / seconds["all weights"], 3),

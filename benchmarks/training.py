@@ -72,10 +72,36 @@ def make_step(model, batch, device, dtype, compiled, **arguments):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    return waited(step, device)
+
+
+def make_own_step(model, batch, device, dtype, compiled):
+    """make_step of one of our models, prepared as a stage prepares it."""
+    from model.training import cpu_kernels
+
+    cpu_kernels.install(model, device, dtype, compiled)
+    model.to(device).rotary_table(batch.shape[1], device)  # as training does: made within it would be compiled in
+    return make_step(model, batch, device, dtype, compiled, return_logits=False)
+
+
+def waited(function, device):
+    """`function`, which then returns when the device is done."""
+    import torch
+
+    def call():
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return step
+    return call
+
+
+def device_name(device):
+    """What the last line says of the machine."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def median_seconds(steps, count):
@@ -96,7 +122,6 @@ def main():
     from model.device import select_device, select_dtype
     from model.LMConfig import preset_config
     from model.model import Transformer
-    from model.training import cpu_kernels
     from model.training.reports import flops_per_token, peak_flops
 
     device = select_device(args.device)
@@ -110,9 +135,7 @@ def main():
         except ValueError as error:
             raise UserError(f"--presets: {error}", exit_code=2) from None
         model = Transformer(config)
-        cpu_kernels.install(model, device, dtype, args.compile)
-        model.to(device).rotary_table(args.max_seq_len, device)  # as training does: made within it would be compiled in
-        steps[preset] = make_step(model, batch, device, dtype, args.compile, return_logits=False)
+        steps[preset] = make_own_step(model, batch, device, dtype, args.compile)
         flops[preset] = flops_per_token(model, args.max_seq_len)
         if not config.use_moe:
             steps[f"stock {preset}"] = make_step(stock_llama(config), batch, device, dtype, args.compile)
@@ -128,9 +151,7 @@ def main():
     if "minimind-v1-moe" in rates and "minimind-v1-small" in rates:
         ratios["minimind-v1-moe"] = rates["minimind-v1-moe"] / rates["minimind-v1-small"]
     result = {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "compiled": args.compile,
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},

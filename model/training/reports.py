@@ -169,9 +169,8 @@ def flops_per_token(model, length):
     row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B). Of frozen parameters 4 N: they have no gradient.
     """
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    working = count_parameters(model)[1]
-    frozen *= working / count_parameters(model)[0]
-    return 6 * working - 2 * round(frozen) + 12 * model.config.n_layers * model.config.dim * length
+    total, working = count_parameters(model)
+    return 6 * working - 2 * round(frozen * working / total) + 12 * model.config.n_layers * model.config.dim * length
 
 
 def peak_flops(device, dtype):
