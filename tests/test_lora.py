@@ -469,3 +469,20 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path, foreign):
         check_peft_folder(tmp_path)
     with pytest.raises(UserError, match="is a file, not a folder"):
         check_peft_folder(tmp_path / foreign)
+
+
+def test_the_scale_stays_where_only_the_rank_changes():
+    assert [LoraSettings(lora_rank=rank).lora_alpha for rank in (1, 8, 16)] == [2, 16, 32]
+    assert LoraSettings(lora_rank=4, lora_alpha=3.0).lora_alpha == 3
+
+
+def test_frozen_parameters_cost_no_gradient_of_their_own():
+    """6 operations for a parameter that trains, 4 for one that does not, and those of attention."""
+    from model.training.reports import flops_per_token
+
+    model = trained_scale(LMConfig(**TINY, vocab_size=100))
+    frozen, attention = sum(parameter.numel() for parameter in model.parameters()), 12 * 2 * 32 * 20
+    assert flops_per_token(model, 20) == 6 * frozen + attention
+    add_adapter(model, LoraSettings(lora_rank=2))
+    trained = sum(parameter.numel() for parameter in model.parameters()) - frozen
+    assert flops_per_token(model, 20) == 4 * frozen + 6 * trained + attention

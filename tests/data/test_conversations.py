@@ -164,6 +164,12 @@ def test_preferences_without_anything_to_learn_are_bad_rows(changes, reason):
         training_preference({name: value for name, value in record.items() if value is not None})
 
 
+def test_a_blank_prompt_is_none_and_the_next_field_counts():
+    assert training_preference({"prompt": " ", "question": "问？", **REPLIES})[0][-1]["content"] == "问？"
+    with pytest.raises(BadRow, match='no "prompt"'):
+        training_preference({"prompt": "", **REPLIES})
+
+
 def test_preferences_within_a_conversation_are_dropped_with_a_system_turn_too():
     with pytest.raises(Dropped, match="history"):
         PreferenceRules().convert({"prompt": [SYSTEM, QUESTION, ANSWER, AGAIN], **REPLIES})
