@@ -13,6 +13,7 @@ has begun; a second one cuts them off.
 """
 
 import argparse
+import math
 import os
 import socket
 import threading
@@ -95,10 +96,9 @@ def main():
         try:
             from model.inference.open import open_engine_with_adapters
 
-            rows = settings.max_batch
-            engine, path = open_engine_with_adapters(
-                engine_settings, dict(args.adapters), max_batch=rows, prefix_rows=rows
-            )
+            memory = math.inf if settings.max_cache_gb is None else settings.max_cache_gb * 1e9
+            sizes = dict(max_batch=settings.max_batch, prefix_rows=settings.max_batch, max_cache_bytes=memory)
+            engine, path = open_engine_with_adapters(engine_settings, dict(args.adapters), **sizes)
             engine.generate([[engine.model.config.eos_token_id]], SamplingParameters(max_new_tokens=2))  # warm
             service.start(engine, Path(path).name.removesuffix(".pth"))
             adapters = f", adapters {', '.join(name for name, _ in args.adapters)}" if args.adapters else ""

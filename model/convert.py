@@ -14,7 +14,6 @@ Shape letters: D head size, C model width, H width of an expert, S of the shared
 import math
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from model.LMConfig import LMConfig
 
@@ -104,6 +103,8 @@ def rope_fields(config):
 def fields_of_stock_config(description):
     """LMConfig's fields for a stock class's config.json, a dict. Raises ValueError with one line for an architecture or a
     feature that MiniMind does not have."""
+    from transformers import AutoConfig  # here, for it takes a fifth of a second
+
     kind = description.get("model_type")
     if kind not in CLASSES:
         raise ValueError(f"model_type {kind!r} is none of minimind, {', '.join(CLASSES)}, the ones that can be read")
@@ -194,6 +195,8 @@ def stock_model(model):
 
     Raises ValueError for a router without its equal there.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(**stock_config(model.config))
     stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     load_stock_weights(stock, model.state_dict(), model.config)

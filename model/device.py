@@ -67,6 +67,16 @@ def multiplies_bfloat16(device):
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def check_int8(device):
+    """Raise UserError when weights of 8 bits could not be multiplied, or not faster, on `device`."""
+    if device.type != "cpu":
+        raise UserError(
+            f"--dtype int8: is for a CPU, not for {device.type}; use --dtype auto, or --device cpu", exit_code=2
+        )
+    if not multiplies_bfloat16(device):
+        raise UserError("--dtype int8: needs a CPU that multiplies bfloat16, this one does not; use --dtype float32")
+
+
 def check_compiler(device):
     """Raise UserError when torch.compile could not work for `device` here."""
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "c++")

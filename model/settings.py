@@ -278,6 +278,11 @@ class MachineSettings(CheckpointSettings):
 class InferenceSettings(MachineSettings):
     """Which trained model writes text, and where."""
 
+    dtype: str = flag(
+        "auto",
+        "as for the other scripts; int8: bfloat16 with weights rounded to 8 bits, on a CPU faster (default: {default})",
+        choices=(*DTYPES, "int8"),
+    )
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")
 
 
@@ -299,6 +304,9 @@ class ServerSettings(Checked):
     model_name: str = flag(None, "what clients call the model (default: the checkpoint's name)", str, metavar="NAME")
     strict_model: bool = flag(False, "refuse other model names than those of GET /v1/models")
     max_batch: int = flag(16, "answers written at the same time (default: {default})", least=1)
+    max_cache_gb: float = flag(
+        None, "memory for their keys and values; who finds none left waits (default: what is free)", float, least=0.001
+    )
     max_waiting: int = flag(64, "requests that may wait beside them; more get status 429 (default: {default})", least=0)
     max_body_bytes: int = flag(2**20, "largest request; larger ones get status 413 (default: {default})", least=1000)
     request_timeout: float = flag(600.0, "seconds until an answer is cut off (default: {default})", least=0.1)

@@ -5,6 +5,7 @@ Shape letters: B rows, V vocabulary.
 """
 
 import itertools
+import math
 import random
 from collections import OrderedDict, deque
 from dataclasses import dataclass
@@ -109,7 +110,9 @@ class Engine:
     together, default config.max_seq_len: past it the model meets positions that it was never trained on. prefix_rows: how
     many requests that are done are kept for prompts that begin alike; each takes a row's memory at most. compile:
     torch.compile the decoding step, on CUDA once for each doubling of the rows in use, on a CPU only that of a single
-    row: more are faster with packed weights.
+    row: more are faster with packed weights. int8: the linear layers' weights rounded to 8 bits (see kernels.Int8Linear), for
+    a bfloat16 model on a CPU. max_cache_bytes: most memory for keys and values, those of kept prefixes included, default
+    what is free; requests that find none wait.
 
     add_adapter() gives the engine a LoRA adapter by name, and a request may ask for one. Requests that share a pass share
     the adapter: one that wants another waits, and those behind it, until the running ones are done.
@@ -119,8 +122,12 @@ class Engine:
     PREFILL_BETWEEN = 256  # the same while others are running, who wait that long
     SHORTEST_PREFIX = 8  # tokens: fewer are read as quickly as copied
 
-    def __init__(self, model, tokenizer=None, max_batch=16, max_length=None, compile=False, prefix_rows=0):
-        self.model, self.tokenizer, self.max_batch = install(model.eval()), tokenizer, max_batch
+    def __init__(
+        self, model, tokenizer=None, max_batch=16, max_length=None, compile=False, prefix_rows=0, int8=False,
+        max_cache_bytes=math.inf,
+    ):  # fmt: skip
+        self.model, self.tokenizer, self.max_batch = install(model.eval(), int8), tokenizer, max_batch
+        self.int8, self.max_cache_bytes = int8, max_cache_bytes
         self.max_length = max_length or model.config.max_seq_len
         self.running, self.reading, self.waiting = [], [], deque()
         self.prefixes, self.prefix_rows = OrderedDict(), prefix_rows  # (adapter, token ids): their keys and values
@@ -129,8 +136,10 @@ class Engine:
         self.adapter = None  # the name of the one in use
         self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
         if not self.has_memory_for(1):
-            size = KVCache.bytes_needed(model.config, 1, self.max_length, model.dtype) / 1e9
-            raise UserError(f"--max_seq_len {self.max_length}: needs {size:,.1f} GB, more than is free; shorten it")
+            size, limit = self.bytes_for(1), self.max_cache_bytes
+            what = f"the {limit / 1e9:,.3f} GB of --max_cache_gb" if limit < size else "is free"
+            problem = f"--max_seq_len {self.max_length}: a request needs {size / 1e9:,.3f} GB, more than {what}"
+            raise UserError(f"{problem}; shorten it")
         if compile:
             check_compiler(model.device)
             mode = "reduce-overhead" if self.uses_graphs else "default"
@@ -205,7 +214,7 @@ class Engine:
     def description(self):
         """One line for the user: size of the model, number format, device, context."""
         weight, count = self.model.tok_embeddings.weight, sum(part.numel() for part in self.model.parameters())
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = "int8" if self.int8 else str(weight.dtype).removeprefix("torch.")
         return f"{count:,} parameters, {dtype} on {weight.device}, context {self.max_length} tokens"
 
     @property
@@ -398,10 +407,14 @@ class Engine:
 
     def has_memory_for(self, rows):
         """Whether a cache of so many rows can be held. Linux grants more than it has and ends the process later."""
-        config, device = self.model.config, self.model.device
+        device = self.model.device
         on_gpu = device.type == "cuda"
         limit = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().available
-        return KVCache.bytes_needed(config, rows, self.max_length, self.model.dtype) <= limit
+        return self.bytes_for(rows) <= min(limit, self.max_cache_bytes)
+
+    def bytes_for(self, rows):
+        """Size of a cache of so many rows."""
+        return KVCache.bytes_needed(self.model.config, rows, self.max_length, self.model.dtype)
 
     def reserve_rows(self, rows):
         """Make the cache hold at least `rows` rows; the number doubles, so a single request pays for one row only.
@@ -417,6 +430,7 @@ class Engine:
         if self.cache is not None:
             larger.copy_rows(self.cache)
         self.cache = larger
+        self.trim_prefixes()
         if self.compiled is not None and self.uses_graphs:  # it writes into these very tensors; others would be copied
             for storage in (*larger.keys, *larger.values):
                 torch._dynamo.mark_static_address(storage)
@@ -447,8 +461,15 @@ class Engine:
         for key in [key for key in self.prefixes if key[0] == request.adapter and ids[: len(key[1])] == key[1]]:
             del self.prefixes[key]
         self.prefixes[request.adapter, ids] = self.cache.save_row(row, len(ids))
-        while len(self.prefixes) > self.prefix_rows:
+        self.trim_prefixes()
+
+    def trim_prefixes(self):
+        """Forget the kept prefixes that are too many, or for which there is no room, those not used for longest first."""
+        sizes = [sum(part.nbytes for part in saved) for saved in self.prefixes.values()]
+        room = self.max_cache_bytes - self.bytes_for(self.cache.batch)
+        while len(sizes) > self.prefix_rows or sum(sizes) > room:
             self.prefixes.popitem(last=False)
+            sizes.pop(0)
 
     def stream(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
         """Yield the Deltas of one prompt; their texts join to the answer. Closing the iterator cancels the request."""

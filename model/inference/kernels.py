@@ -23,18 +23,56 @@ class PackedLinear(nn.Linear):
         if torch.compiler.is_compiling():
             if x.numel() > self.in_features or x.device.type != "cpu" or torch.is_grad_enabled():
                 return F.linear(x, weight)
-            return (weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
+            return self.single_row(x)
         if torch.is_grad_enabled() or not can_pack(weight) or x.dtype != weight.dtype:
             return F.linear(x, weight)
         source = weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version
         if self.packed_from != source:  # the first time, and when the weight was changed since
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), self.ROWS)
+            self.pack(weight.detach())
             self.packed_from = source
+        return self.product(x)
+
+    def pack(self, weight):
+        """Bring `weight` [out, in] into the layout that product() works in."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS)
+
+    def product(self, x):
+        """x [..., in] times what pack() was given."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+    def single_row(self, x):
+        """The same of a single row, in compiled code."""
+        return (self.weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
 
     def __getstate__(self):
         """Copies and pickles pack for themselves: a packed weight cannot be copied."""
         return {name: value for name, value in self.__dict__.items() if name not in ("packed", "packed_from")}
+
+
+class Int8Linear(PackedLinear):
+    """PackedLinear whose weight is rounded: each row to whole numbers from -127 to 127 times a scale of its own, the largest
+    of the row / 127 (weight-only quantisation: what comes in stays bfloat16). A few rows, which wait for memory, are
+    multiplied by PyTorch's 8-bit kernel, which fetches half of bfloat16's bytes; more rows by the rounded weight in
+    bfloat16, whose kernel is faster then (26M model, tokens/s of 1, 4 and 16 requests: 1.7, 1.4 and 1.0 times bfloat16's).
+    """
+
+    FEW_ROWS = 4
+    quantized = scales = None
+
+    def pack(self, weight):
+        weight = weight.float()
+        largest = weight.abs().amax(dim=1)
+        self.scales = (largest.clamp(min=torch.finfo(torch.float32).tiny) / 127).bfloat16()
+        scales = self.scales.float()[:, None]
+        self.quantized = (weight / scales).round().clamp(-127, 127).to(torch.int8)
+        super().pack((self.quantized * scales).bfloat16())
+
+    def product(self, x):
+        return self.single_row(x) if x.numel() <= self.FEW_ROWS * self.in_features else super().product(x)
+
+    def single_row(self, x):
+        rows = x.reshape(-1, self.in_features)
+        return torch._weight_int8pack_mm(rows, self.quantized, self.scales).view(*x.shape[:-1], -1)
 
 
 def can_pack(weight):
@@ -59,11 +97,12 @@ class OneTokenAttention(Attention):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).reshape(batch, heads, 1, size)
 
 
-def install(model):
-    """Turn the linear layers and the attention of `model` into these; returns the model."""
+def install(model, int8=False):
+    """Turn the linear layers and the attention of `model` into these, with int8 (bfloat16 on a CPU only) the layers into
+    Int8Linear; returns the model."""
     for module in model.modules():
-        if type(module) in (nn.Linear, PackedLinear) and module.bias is None:
-            module.__class__ = PackedLinear
+        if type(module) in (nn.Linear, PackedLinear, Int8Linear) and module.bias is None:
+            module.__class__ = Int8Linear if int8 else PackedLinear
             module.packed_from = None
         elif type(module) is Attention:
             module.__class__ = OneTokenAttention

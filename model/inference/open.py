@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model.build import SHAPE_FIELDS, explicit_fields, requested_config, required_fields
 from model.checkpoint import check_tokenizer, file_sha256, find_checkpoint, load_model, read_metadata
-from model.device import select_device, select_dtype
+from model.device import check_int8, select_device, select_dtype
 from model.errors import UserError, tell
 from model.inference.engine import Engine
 from model.LMConfig import LMConfig
@@ -19,11 +19,16 @@ from model.tokenizer import load_tokenizer
 def open_engine(settings, stages=CHAT_STAGES, **engine_arguments):
     """(Engine, what it runs: path of the checkpoint, and of the adapter on it) as InferenceSettings ask. Raises UserError as
     open_model does, and for a context that memory cannot hold."""
+    int8 = settings.dtype == "int8"
+    if int8:
+        check_int8(select_device(settings.device))
+        settings = dataclasses.replace(settings, dtype="bfloat16")
     model, tokenizer, path, metadata = open_model(settings, stages)
     if metadata.get("stage") in PRETRAINED_STAGES and metadata["stage"] not in stages:
         command = shlex.join(["python", "0-eval_pretrain.py", "--checkpoint", str(path)])
         tell(f"note: {path} is only pretrained: it goes on writing, it does not answer; to see that: {command}")
-    return Engine(model, tokenizer, compile=settings.compile, **engine_arguments), named(path, settings.lora)
+    engine = Engine(model, tokenizer, compile=settings.compile, int8=int8, **engine_arguments)
+    return engine, named(path, settings.lora)
 
 
 def open_engine_with_adapters(settings, adapters, **engine_arguments):

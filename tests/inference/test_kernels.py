@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import TINY
-from model.inference.kernels import OneTokenAttention, can_pack, install
+from model.inference.kernels import Int8Linear, OneTokenAttention, can_pack, install
 from model.LMConfig import LMConfig
 from model.model import Transformer
 
@@ -44,6 +44,54 @@ def test_a_weight_changed_later_is_packed_anew():
         linear.weight = nn.Parameter(linear.weight * 2)
         torch.testing.assert_close(linear(x), 8 * before)
         torch.testing.assert_close(linear.double()(x.double()).float(), 8 * before)
+
+
+def rounded_by_hand(weight):
+    """Each row as whole numbers times the bfloat16 nearest to its largest / 127, in float64."""
+    rows = []
+    for row in weight.tolist():
+        scale = float(torch.tensor(max(map(abs, row)) / 127).bfloat16())
+        rows.append([max(-127, min(127, round(number / scale))) * scale if scale else 0.0 for number in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 2), (5, 1), (3, 40), (1,), ()])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_8_bit_product_is_that_of_the_rounded_weight(monkeypatch, shape, compiling):
+    linear = nn.Linear(48, 20, bias=False).bfloat16()
+    torch.nn.init.normal_(linear.weight, std=0.3)
+    linear.weight[3] *= 100  # rows have scales of their own
+    linear.weight[4] = 0
+    linear.weight[5, 0] = 30  # beside it, the others are whole numbers of 0 or 1 or 2
+    install(nn.Sequential(linear), int8=True)
+    x = torch.randn(*shape, 48).bfloat16()
+    x[..., 0] = 0  # else its product is rounded more coarsely than the others differ
+    eager = linear(x)  # packs
+    if compiling and x.numel() == 48:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert linear(x).equal(eager)
+    expected = x.double() @ rounded_by_hand(linear.weight).T
+    plain = x.double() @ linear.weight.double().T
+    size = x.double().norm(dim=-1, keepdim=True) * linear.weight.double().norm(dim=-1)
+    assert eager.shape == (*shape, 20) and eager.dtype == torch.bfloat16
+    error = ((eager.double() - expected).abs() / size.clamp(min=1e-9)).max()
+    assert error < 2**-8, "as bfloat16 rounds"
+    row = (..., 5)  # where rounding changes most
+    assert (eager[row] - expected[row]).norm() < (eager[row] - plain[row]).norm() / 4
+
+
+@torch.inference_mode()
+def test_an_8_bit_layer_follows_its_weight_and_can_become_another_kind():
+    linear = nn.Linear(48, 20, bias=False).bfloat16()
+    model, x = nn.Sequential(linear), torch.randn(1, 48).bfloat16()
+    plain = install(model)(x)
+    rounded = install(model, int8=True)(x)
+    assert type(linear) is Int8Linear and not rounded.equal(plain)
+    linear.weight.data = 2 * linear.weight.data
+    linear.packed_from = None
+    torch.testing.assert_close(linear(x), 2 * rounded)
+    assert install(model)(x).equal(2 * plain) and list(linear.state_dict()) == ["weight"]
 
 
 def test_gradients_take_the_plain_product_and_names_stay():
