@@ -8,7 +8,8 @@ and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU
 the median counts, and only tokens that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads
 as PyTorch's) keeps its defaults: flash attention, a cache of 16 bits. Its threads spin while they wait for each other, so
 that other programs slow it several times more than the rest: measure on a quiet machine (load_average, what ran before,
-is in the last line, which is JSON). Ratios are to MiniMind's engine in float32 for f32 files, in bfloat16 for the rest.
+is in the last line, which is JSON). Ratios are to MiniMind's engine in the format that is nearest: float32 for f32 files, int8
+for q8_0, bfloat16 for the rest; with --compile, which also times its compiled step, to the faster of the two.
 """
 
 import argparse
@@ -40,6 +41,7 @@ def parse_arguments():
     parser.add_argument("--new_tokens", type=positive_int, default=128, help="per request (default: %(default)s)")
     parser.add_argument("--requests", type=positive_int, default=16, help="of the batch (default: %(default)s)")
     parser.add_argument("--repeats", type=positive_int, default=5, help="measurements of each (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also time the engine with its compiled decoding step")
     return parser.parse_args()
 
 
@@ -80,8 +82,12 @@ def contenders(args, checkpoint, folder):
 
     stock = "granitemoe" if read_metadata(checkpoint).get("config", {}).get("use_moe") else "llama"
     exported, found = export(checkpoint, folder, stock), {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "int8"):
         found[f"minimind {dtype}"] = checkpoint, lambda dtype=dtype: load_minimind(args, checkpoint, dtype)
+        if args.compile:
+            compiled = lambda dtype=dtype: load_minimind(args, checkpoint, dtype, compile=True)  # noqa: E731
+            found[f"minimind {dtype} compiled"] = checkpoint, compiled
+    for dtype in ("float32", "bfloat16"):
         found[f"generate {dtype}"] = exported, lambda dtype=dtype: load_stock(args, exported, dtype)
     for kind in QUANTIZATIONS:
         path = export(checkpoint, folder, "gguf", "--quantization", kind)
@@ -89,11 +95,11 @@ def contenders(args, checkpoint, folder):
     return found
 
 
-def load_minimind(args, path, dtype):
+def load_minimind(args, path, dtype, compile=False):
     from model.inference.open import open_engine
     from model.settings import InferenceSettings, SamplingParameters
 
-    settings = InferenceSettings(checkpoint=str(path), device="cpu", dtype=dtype)
+    settings = InferenceSettings(checkpoint=str(path), device="cpu", dtype=dtype, compile=compile)
     engine, _ = open_engine(settings, max_batch=args.requests)
     parameters = SamplingParameters(temperature=0.0, max_new_tokens=args.new_tokens, stop_token_ids=())
     return lambda prompts: sum(len(request.token_ids) for request in engine.generate(prompts, parameters))
@@ -175,17 +181,24 @@ def measure(args, checkpoint, folder):
     for count in sorted({1, args.requests}):
         rates = median_rates(functions, prompts[:count], args.repeats)
         for name, rate in rates.items():
-            ours = "minimind float32" if name.endswith("32") else "minimind bfloat16"
-            results[name] |= {str(count): round(rate, 1), f"ratio_{count}": round(rate / rates[ours], 3)}
+            ours = (
+                "float32"
+                if "32" in name
+                else "int8"
+                if name.endswith(("q8_0", "int8", "int8 compiled"))
+                else "bfloat16"
+            )
+            best = max(rates[own] for own in rates if own.startswith(f"minimind {ours}"))
+            results[name] |= {str(count): round(rate, 1), f"ratio_{count}": round(rate / best, 3)}
     return results
 
 
 def print_table(title, results):
     """A line per contender."""
     columns = list(next(iter(results.values())))
-    print(f"\n{title}\n{'':20s}" + "".join(f"{column:>14s}" for column in columns))
+    print(f"\n{title}\n{'':27s}" + "".join(f"{column:>14s}" for column in columns))
     for name, values in results.items():
-        print(f"{name:20s}" + "".join(f"{values[column]:14,}" for column in columns))
+        print(f"{name:27s}" + "".join(f"{values[column]:14,}" for column in columns))
 
 
 def main():
