@@ -1,8 +1,10 @@
-"""The pictures of README.md: the structure of a preset, drawn from its configuration, and loss curves, drawn from logs.
+"""The pictures of README.md: the structure of a preset, drawn from its configuration, loss curves, drawn from logs, and how
+servers do under load, drawn from what benchmarks/serving.py measured.
 
 python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
 python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
 python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
+python images/draw.py serving --results out/serving.json --output images/serving.png
 """
 
 import argparse
@@ -26,7 +28,9 @@ def parse_arguments():
     model.add_argument("--preset", default="minimind-v1-small")
     curves = commands.add_parser("curves", help="training and validation loss of one or more runs")
     curves.add_argument("--logs", nargs="+", required=True, help="files of out/logs, left to right")
-    for command in (model, curves):
+    serving = commands.add_parser("serving", help="tokens per second and time to first token by number of clients")
+    serving.add_argument("--results", required=True, help="the JSON line of benchmarks/serving.py, in a file")
+    for command in (model, curves, serving):
         command.add_argument("--output", required=True, help="the .png to write")
     return parser.parse_args()
 
@@ -36,7 +40,10 @@ def main():
     import matplotlib
 
     matplotlib.use("Agg")
-    figure = draw_model(args.preset) if args.command == "model" else draw_curves(args.logs)
+    drawings = dict(
+        model=lambda: draw_model(args.preset), curves=lambda: draw_curves(args.logs), serving=lambda: draw_serving(args.results)
+    )  # fmt: skip
+    figure = drawings[args.command]()
     with atomic_write(args.output) as handle:
         figure.savefig(handle, format="png", dpi=110, bbox_inches="tight")
     print(f"{args.output} is written")
@@ -180,6 +187,34 @@ def draw_curves(logs):
             axes.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
         else:
             axes.legend()
+    figure.tight_layout()
+    return figure
+
+
+def draw_serving(path):
+    """Two panels by number of clients: tokens per second of all of them, and seconds until the first token, the median and,
+    dotted, the slowest twentieth."""
+    import matplotlib.pyplot as pyplot
+
+    try:
+        results = json.loads(Path(path).read_text("utf-8"))
+        curves, machine = results["curve"], results["processor"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not what benchmarks/serving.py prints ({error!r})") from None
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.2))
+    for index, (server, points) in enumerate(curves.items()):
+        clients, style = [point["clients"] for point in points], dict(color=f"C{index}", linewidth=1.3, markersize=4)
+        left.plot(clients, [point["tokens_per_second"] for point in points], "-o", label=server, **style)
+        right.plot(clients, [point["first_token_seconds"] for point in points], "-o", label=server, **style)
+        right.plot(clients, [point["first_token_95"] for point in points], ":", **style)
+    for axes, title in ((left, "tokens per second"), (right, "seconds to the first token")):
+        axes.set_xscale("log", base=2)
+        axes.set(title=title, xlabel="clients", xticks=clients, xticklabels=clients)
+        axes.grid(alpha=0.3)
+    left.set_ylim(bottom=0)
+    right.set_yscale("log")
+    left.legend(fontsize=8)
+    figure.suptitle(machine, fontsize=8)
     figure.tight_layout()
     return figure
 

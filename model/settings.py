@@ -280,7 +280,7 @@ class InferenceSettings(MachineSettings):
 
     dtype: str = flag(
         "auto",
-        "as for the other scripts; int8: bfloat16 with weights rounded to 8 bits, on a CPU faster (default: {default})",
+        "as elsewhere; int8: bfloat16 with weights rounded to 8 bits, on a CPU faster (default: {default})",
         choices=(*DTYPES, "int8"),
     )
     compile: bool = flag(False, "torch.compile the decoding step: slow start, faster tokens")

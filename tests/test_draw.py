@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, assert_one_line_error
 
 
 @pytest.mark.parametrize("preset", ["minimind-v1-small", "minimind-v1-moe"])
@@ -82,6 +82,28 @@ def test_curves_of_tokens_and_of_pairs(tmp_path):
     assert not legend.get_window_extent().overlaps(pairs.xaxis.label.get_window_extent())
     assert not legend.get_window_extent().overlaps(pairs.get_window_extent())
     pyplot.close(figure)
+
+
+def test_servers_by_number_of_clients(tmp_path):
+    def point(clients, rate):
+        return dict(clients=clients, tokens_per_second=rate, first_token_seconds=0.1 * clients, first_token_95=clients)
+
+    curve = {
+        "minimind int8": [point(1, 300.0), point(64, 900.0)],
+        "llama.cpp q8_0": [point(1, 400.0), point(64, 700.0)],
+    }
+    (path := tmp_path / "serving.json").write_text(json.dumps({"processor": "Zen", "curve": curve}))
+    left, right = runpy.run_path(str(ROOT / "images" / "draw.py"))["draw_serving"](path).axes
+    assert [line.get_ydata()[1] for line in left.lines] == [900, 700]
+    assert [line.get_ydata()[1] for line in right.lines] == [6.4, 64, 6.4, 64]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == list(curve)
+    assert [int(label.get_text()) for label in left.get_xticklabels()] == [1, 64]
+
+
+def test_results_that_are_none(run, tmp_path):
+    (path := tmp_path / "serving.json").write_text("{}")
+    process = run("images/draw.py", "serving", "--results", path, "--output", tmp_path / "x.png")
+    assert_one_line_error(process, path, "not what benchmarks/serving.py prints")
 
 
 def test_a_log_without_validations_or_steps(tmp_path):
