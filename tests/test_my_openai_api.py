@@ -112,6 +112,10 @@ def test_what_cannot_be_loaded_ends_it_with_one_line(run, flags, tmp_path):
     missing = tmp_path / "none.pth"
     process = run("my_openai_api.py", "--port", "0", "--checkpoint", missing, *flags)
     assert_one_line_error(process, f"{missing}: no such checkpoint")
+    process = run("my_openai_api.py", "--port", "0", "--max_cache_gb", "0.001", *flags)
+    assert_one_line_error(
+        process, "--max_seq_len 4096: a request needs 0.001 GB, more than the 0.001 GB of --max_cache_gb"
+    )
     adapter = flags[1] / "lora_law_32.pth"
     process = run("my_openai_api.py", "--port", "0", "--lora", f"full_sft_32={adapter}", *flags)
     assert_one_line_error(process, "--lora full_sft_32: is the model's own name", code=2)

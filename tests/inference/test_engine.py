@@ -534,6 +534,9 @@ def test_keys_and_values_stay_within_their_cap(model, monkeypatch):
     for request, prompt in zip(requests, prompts):
         assert request.token_ids == greedy_without_cache(model, prompt, 12)
     assert list(engine.prefixes) == [(None, tuple(prompts[-1] + requests[-1].token_ids[:-1]))], "it takes 41 of the 45"
+    for prompt in ([21] * 9, [22] * 9, [23] * 9):  # 20 of the 45 each: the longest ago is forgotten, however long it is
+        engine.generate([prompt], GREEDY)
+    assert [ids[0] for _, ids in engine.prefixes] == [22, 23]
     with pytest.raises(UserError, match=r"--max_seq_len 64: .* more than the 0\.000 GB of --max_cache_gb"):
         Engine(model, max_cache_bytes=row - 1)
 

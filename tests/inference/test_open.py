@@ -114,3 +114,14 @@ def test_an_adapter_is_added_to_its_base_wherever_that_lies(out_dir, small_token
     assert not capsys.readouterr().err
     opened(out_dir, small_tokenizer, lora=path, force=True)
     assert capsys.readouterr().err.startswith(f"warning: {path}: was trained on {base}")
+
+
+def test_8_bit_weights_are_for_a_cpu_with_bfloat16(out_dir, small_tokenizer, monkeypatch):
+    engine, _ = opened(out_dir, small_tokenizer, dtype="int8")
+    assert engine.int8 and engine.model.dtype == torch.bfloat16 and ", int8 on cpu" in engine.description
+    monkeypatch.setattr("model.device.multiplies_bfloat16", lambda device: False)
+    with pytest.raises(UserError, match="--dtype int8: needs a CPU that multiplies bfloat16"):
+        opened(out_dir, small_tokenizer, dtype="int8")
+    monkeypatch.setattr("model.inference.open.select_device", lambda name: torch.device("cuda"))
+    with pytest.raises(UserError, match="--dtype int8: is for a CPU, not for cuda"):
+        opened(out_dir, small_tokenizer, dtype="int8")
