@@ -56,7 +56,7 @@ def served(*flags):
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(WAIT / 1000)
 
 
 @pytest.fixture
@@ -182,9 +182,13 @@ def test_answers_are_streamed_stopped_and_never_html(visit, fake, tmp_path):
         assert fake.ended.wait(20) and fake.disconnects == 1, "the server has been told"
         written = answer(first).inner_text()
         assert "5，6，7，" in written and not first.get_by_text("▌").count()
+        first.get_by_role("button", name=ZH["regenerate"]).wait_for()
 
         ask(first, "长")
         first.get_by_text("5，6，7，").nth(1).wait_for()
+        assert not first.get_by_role("button", name=ZH["regenerate"]).count(), (
+            "only under a last answer that is complete"
+        )
         ask(first, "甲")  # whoever asks on stops the answer; while it comes, a slider moves: the answer goes on
         first.get_by_text("开头").wait_for()
         first.get_by_role("button", name=ZH["settings"]).click()

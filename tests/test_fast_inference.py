@@ -220,12 +220,18 @@ def test_a_server_in_trouble(page, fake, monkeypatch):
     assert said(app)[1] == ("assistant", "好") and not app.error
     fake.answer = [("error", "![p](http://127.0.0.1:9/p) <b>")]
     assert press(app, "regenerate").error[0].value.endswith(r"!\[p\](http://127.0.0.1:9/p) \<b>")
+    fake.stop()
+    import streamlit as st
+
+    st.cache_data.clear()  # as after a while
+    app = press(app, "regenerate")
+    assert "cannot be reached" in app.error[0].value and len(said(app)) == 2 and app.chat_input, "nothing is lost"
+    fake.start()
+    app = page("--api", fake.url)
     fake.answer = ["好"]
     fake.finish_reason = "length"
     assert ZH["length"] in captions(ask(app, "再"))
     fake.key = KEY
-    import streamlit as st
-
     st.cache_data.clear()
     assert "wants another key than that of OPENAI_API_KEY" in page("--api", fake.url).error[0].value
     assert "expected a URL" in page("--api", "localhost").error[0].value
