@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
 
-.PHONY: quickstart test lint images benchmarks clean
+.PHONY: quickstart test lint images screenshots benchmarks clean
 
 # From an empty folder to a model that answers, on the demo data the repository brings along.
 quickstart: export QUICKSTART_STARTED := $(shell date +%s)
@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(RUN) quickstart.py
 
 test: .venv/installed
-	$(RUN) -m pytest -q -n 2 tests
+	$(RUN) -m pytest -q -rs -n 2 tests
 
 # Style and the mistakes that a reader of code alone can find; `.venv/bin/ruff format` mends the style.
 lint: .venv/installed
@@ -23,6 +23,10 @@ images: .venv/installed
 	$(RUN) images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
 	$(RUN) images/draw.py curves --output images/quickstart_loss.png --logs \
 	  $(patsubst %,out/quickstart/logs/%_192.jsonl,pretrain single_chat_full_sft multi_chat_full_sft lora_identity dpo)
+
+# The chat page's pictures, with the answers of the last quickstart's models; needs Chromium and a Chinese font.
+screenshots: .venv/installed
+	SCREENSHOTS=images $(RUN) -m pytest -q -rs tests/test_browser.py -k screenshots
 
 benchmarks: .venv/installed
 	$(RUN) benchmarks/training.py

@@ -18,7 +18,7 @@ import streamlit as st
 
 from model.cli import add_flags, from_flags, script_parser
 from model.errors import UserError, describe, run_main
-from model.inference.labels import LABELS, LANGUAGES
+from model.inference.labels import LABELS, LANGUAGES, STARTERS
 from model.settings import InferenceSettings, SamplingParameters
 
 MACHINE = ("out_dir", "tokenizer_path", "device", "dtype", "compile")
@@ -115,9 +115,10 @@ def short_name(out_dir, path, none=""):
 def choose_of_server(url, label):
     """The same as choose_checkpoint for a model of the server at `url`."""
     endpoint = open_endpoint(url)
-    models = list_models(url)
+    models = st.session_state.get("models") or list_models(url)
     if not models:
         raise UserError(label["no_models"])
+    st.session_state["models"] = models  # while the server is away the conversation stays on the page
     model = st.selectbox(label["model"], models, key="model")
 
     def ask(messages, parameters):
@@ -195,7 +196,7 @@ def starters(label):
     with st.empty().container():
         st.caption(label["try"])
         with st.container(horizontal=True):
-            pressed = [text for text in label["starters"] if st.button(text, key=f"starter {text}")]
+            pressed = [text for text in STARTERS if st.button(text, key=f"starter {text}")]
     if pressed:
         st.session_state["again"] = pressed[0]
         st.rerun()  # so that the buttons are gone while it is answered
@@ -215,8 +216,9 @@ def show_turn(question, answer, name, label, last=False):
             st.rerun()
         place.text(answer.text)
         footer(answer, name, label)
+        buttons = st.empty()  # also where none are: else those of before would stand there until the page is complete
         if last:
-            with st.container(horizontal=True):
+            with buttons.container(horizontal=True):
                 st.button(label["regenerate"], icon=":material/refresh:", key="regenerate", on_click=ask_again)
                 st.button(label["clear"], icon=":material/delete:", key="clear", on_click=clear)
 

@@ -9,7 +9,7 @@ from streamlit.testing.v1 import AppTest
 
 from conftest import ROOT, run_script, save_chat, trained_adapter
 from fake_endpoint import KEY
-from model.inference.labels import LABELS
+from model.inference.labels import LABELS, STARTERS
 
 ZH, EN = LABELS["zh"], LABELS["en"]
 
@@ -76,8 +76,8 @@ def test_a_tiny_model_answers_again_and_is_cleared(local, out, monkeypatch):
     again = said(press(app, "regenerate"))
     assert [who for who, _ in again] == ["user", "assistant"] and again[0][1] == "你好" and again[1][1] != answer
     assert len(said(ask(app, "再见"))) == 4
-    assert not said(press(app, "clear")) and app.button(key=f"starter {ZH['starters'][0]}")
-    assert said(press(app, f"starter {ZH['starters'][0]}"))[0] == ("user", ZH["starters"][0])
+    assert not said(press(app, "clear")) and app.button(key=f"starter {STARTERS[0]}")
+    assert said(press(app, f"starter {STARTERS[0]}"))[0] == ("user", STARTERS[0])
 
 
 def test_temperature_zero_and_the_same_question_give_the_same_answer(local, out):
@@ -220,12 +220,18 @@ def test_a_server_in_trouble(page, fake, monkeypatch):
     assert said(app)[1] == ("assistant", "好") and not app.error
     fake.answer = [("error", "![p](http://127.0.0.1:9/p) <b>")]
     assert press(app, "regenerate").error[0].value.endswith(r"!\[p\](http://127.0.0.1:9/p) \<b>")
+    fake.stop()
+    import streamlit as st
+
+    st.cache_data.clear()  # as after a while
+    app = press(app, "regenerate")
+    assert "cannot be reached" in app.error[0].value and len(said(app)) == 2 and app.chat_input, "nothing is lost"
+    fake.start()
+    app = page("--api", fake.url)
     fake.answer = ["好"]
     fake.finish_reason = "length"
     assert ZH["length"] in captions(ask(app, "再"))
     fake.key = KEY
-    import streamlit as st
-
     st.cache_data.clear()
     assert "wants another key than that of OPENAI_API_KEY" in page("--api", fake.url).error[0].value
     assert "expected a URL" in page("--api", "localhost").error[0].value

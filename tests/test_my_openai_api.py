@@ -1,4 +1,5 @@
-"""my_openai_api.py as a process: it listens at once, loads, answers the original's curl, drains and ends; what goes wrong."""
+"""my_openai_api.py as a process: it listens at once, loads, answers the original's curl, drains and ends; what goes wrong; its
+client in the terminal and the chat page."""
 
 import contextlib
 import json
@@ -45,6 +46,25 @@ def server(*words, environment=()):
         finally:
             if process.poll() is None:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def running(flags):
+    """URL of a server that has loaded a model and its adapter; each answer is asked for only once the one before is there."""
+    with server(*flags, "--lora", f"law={flags[1] / 'lora_law_32.pth'}") as (process, url):
+        assert "full_sft" in process.stdout.readline(), process.stderr.read()
+        yield f"{url}/v1"
+
+
+def complete(url, *contents, **fields):
+    """(text, number of its tokens) of the greedy answer to a conversation of alternating contents, asked with httpx alone; a
+    `system` prompt among the fields is put before it."""
+    system = fields.pop("system", None)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    body = {"messages": messages, "temperature": 0, **fields}
+    reply = httpx.post(f"{url}/chat/completions", json=body, timeout=60).json()
+    return reply["choices"][0]["message"]["content"], reply["usage"]["completion_tokens"]
 
 
 def ended(process, timeout=60):
@@ -151,3 +171,43 @@ def test_a_port_in_use(run):
 def test_what_listens_first_needs_no_torch():
     code = "import sys, model.inference.api; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_its_client_in_the_terminal(running):
+    short = {"max_tokens": 12}
+    first, _ = complete(running, "你好", **short)
+    second, _ = complete(running, "你好", first, "再见", **short)
+    asked, _ = complete(running, "你好", first, "再见", second, "你好", system="简短。", **short)
+    alone, _ = complete(running, "你好", system="简短。", **short)
+    assert len({first, second, asked, alone}) == 4
+
+    lines = "你好\n再见\n/system 简短。\n你好\n/clear\n你好\n/system\n/clear\n你好\n".encode()
+    words = ["--base_url", running, "--temperature", "0", "--max_tokens", "12"]
+    process = subprocess.run(
+        [sys.executable, "chat_openai_api.py", *words], cwd=ROOT, input=lines, capture_output=True, timeout=60
+    )
+    assert process.returncode == 0 and not process.stderr, process.stderr.decode()
+    head, *answers = process.stdout.decode().split("\nA: ")
+    assert head.startswith(f"{running}: full_sft_32 (--model also knows law)\n")
+    assert len(answers) == 5
+    for answer, expected in zip(answers, (first, second, asked, alone, first)):
+        assert answer.startswith(expected), (answer, expected)
+
+
+def test_the_chat_page_on_it(running, monkeypatch):
+    testing = pytest.importorskip("streamlit.testing.v1")
+    monkeypatch.setattr(sys, "argv", ["fast_inference.py", "--api", running])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    page = testing.AppTest.from_file(str(ROOT / "fast_inference.py"), default_timeout=60).run()
+    assert page.selectbox(key="model").options == ["full_sft_32", "law"]
+    page.slider(key="temperature").set_value(0.0)
+    page.slider(key="max_new_tokens").set_value(16)
+    first, tokens = complete(running, "你好", max_tokens=16)
+    second, _ = complete(running, "你好", first, "再见", max_tokens=16, model="law")
+    page.chat_input[0].set_value("你好").run()
+    page.selectbox(key="model").select("law").run()
+    page.chat_input[0].set_value("再见").run()
+    assert not page.exception and not page.error
+    assert [turn.text[0].value for turn in page.chat_message] == ["你好", first, "再见", second]
+    captions = [caption.value for caption in page.caption]
+    assert any(f"full_sft_32 · {tokens} " in caption for caption in captions), captions

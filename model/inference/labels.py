@@ -1,6 +1,7 @@
 """What the chat page says, in Chinese and in English."""
 
 LANGUAGES = {"zh": "中文", "en": "English"}
+STARTERS = ("你是谁？", "你知道长江吗？", "世界上最高的山峰是什么？")  # in Chinese for all: so do the models speak
 
 LABELS = {
     "zh": {
@@ -23,7 +24,6 @@ LABELS = {
         "history_help": "模型能看到的之前的问答；放不下的最早几轮会略去。",
         "ask": "问点什么……",
         "try": "试一试",
-        "starters": ["你是谁？", "你知道长江吗？", "世界上最高的山峰是什么？"],
         "stop": "停止",
         "regenerate": "重新回答",
         "clear": "清空对话",
@@ -60,7 +60,6 @@ LABELS = {
         "history_help": "Earlier questions and answers that the model sees; the oldest go when they do not fit.",
         "ask": "Ask something …",
         "try": "Try one",
-        "starters": ["你是谁？", "你知道长江吗？", "世界上最高的山峰是什么？"],
         "stop": "Stop",
         "regenerate": "Regenerate",
         "clear": "Clear",
