@@ -1,0 +1,188 @@
+"""What a model costs before anything is bought: memory of each rank with ZeRO 0 to 3, hours, network and storage.
+
+    python benchmarks/scale.py                                                         # 26M, 108M and a billion parameters
+    python benchmarks/scale.py --shape 2048x24 --vocab_size 32000 --characters 1e12 --processes 8 64 --mfu 0.4
+    python benchmarks/scale.py --preset minimind-v1-moe --batch_size 32
+
+Weights, gradients and AdamW's moments follow from the number of parameters (float32, in 16-bit autocast with a copy of 2
+bytes each; Rajbhandari et al. 2020, arXiv 1910.02054, section 3). What a token leaves behind for the backward pass is counted
+on this machine: one block and the loss run on a few tokens, and all that autograd keeps is added up. Left out: what a kernel
+needs for a moment, and fragmentation; allow a tenth more, and at least 1 GB. The last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model.cli import positive_int  # noqa: E402
+from model.errors import UserError, run_main  # noqa: E402
+
+FLOAT, HALF = 4, 2  # bytes
+TOKENS = 53  # of the count: a prime, which no matrix's size is a multiple of
+LETTERS_PER_TOKEN = 1.29  # of prose, by the tokenizer of 6,400 words (README)
+UTF8 = 3  # bytes of a Chinese character
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--preset", nargs="+", help="named shapes")
+    what.add_argument("--shape", metavar="DIMxLAYERS", help="any shape, heads of 64 with two for each key head")
+    parser.add_argument("--vocab_size", type=positive_int, default=32000, help="of --shape (default: %(default)s)")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="rows of a rank (default: %(default)s)")
+    parser.add_argument("--processes", type=positive_int, nargs="+", default=[1, 8], help="default: 1 and 8")
+    parser.add_argument("--characters", type=float, help="of the corpus (default: 20 tokens for each parameter)")
+    parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU, dense, 16 bits (default: H100's)")
+    parser.add_argument("--mfu", type=float, default=0.35, help="the part of it that is reached (default: %(default)s)")
+    return parser.parse_args()
+
+
+def shapes(args):
+    """{name: LMConfig} of what is asked for."""
+    from model.LMConfig import LMConfig, preset_config
+
+    try:
+        if args.shape:
+            dim, _, layers = args.shape.partition("x")
+            heads = max(2, int(dim) // 64)
+            fields = dict(dim=int(dim), n_layers=int(layers), n_heads=heads, n_kv_heads=heads // 2)
+            return {args.shape: LMConfig(**fields, vocab_size=args.vocab_size, max_seq_len=args.max_seq_len)}
+        names = args.preset or ["minimind-v1-small", "minimind-v1"]
+        found = {name: preset_config(name, max_seq_len=args.max_seq_len) for name in names}
+        if not args.preset:
+            fields = dict(dim=2048, n_layers=20, n_heads=32, n_kv_heads=16, vocab_size=args.vocab_size)
+            found["2048x20"] = LMConfig(**fields, max_seq_len=args.max_seq_len)
+        return found
+    except ValueError as error:
+        raise UserError(f"--shape, --preset: {error}", exit_code=2) from None
+
+
+def kept_for_backward(function):
+    """Bytes for each of TOKENS tokens that autograd keeps of what `function` computes, weights not counted."""
+    import torch
+
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().nbytes() % TOKENS == 0:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = function()
+        size = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return size / TOKENS
+
+
+def bytes_per_token(config):
+    """(of one block, of embedding, last norm and loss) that autograd keeps for each token, in bfloat16 autocast."""
+    import torch
+
+    from model.LMConfig import LMConfig
+    from model.model import Transformer
+
+    model = Transformer(LMConfig(**{**config.to_dict(), "n_layers": 1})).train()
+    x, ids = torch.randn(1, TOKENS, config.dim, requires_grad=True), torch.arange(TOKENS)[None] % config.vocab_size
+    with torch.autocast("cpu", torch.bfloat16):
+        rotary = model.rotary_table(TOKENS, x.device)[:, None]
+        block = kept_for_backward(lambda: model.layers[0](x, rotary, None, None, None))
+        whole = kept_for_backward(lambda: model(ids, labels=ids, return_logits=False).loss)
+    return block, max(0, whole - block)
+
+
+def memory(parameters, block, processes, stage):
+    """{what: bytes on each rank}: `parameters` in all, `block` of them in the largest piece that ZeRO 3 brings together."""
+    part = parameters / processes
+    if stage == 0:
+        return dict(
+            weights=FLOAT * parameters,
+            copies=HALF * parameters,
+            gradients=FLOAT * parameters,
+            optimizer=2 * FLOAT * parameters,
+        )
+    held = dict(weights=FLOAT * parameters, copies=HALF * parameters, gradients=FLOAT * parameters)
+    if stage >= 2:
+        held["gradients"] = FLOAT * part
+    if stage == 3:
+        held.update(weights=FLOAT * (part + 2 * block), copies=HALF * 2 * block)
+    return {**held, "optimizer": 3 * FLOAT * part}  # both moments, and the weights that they move
+
+
+def network(parameters, stage):
+    """Bytes that each rank sends for a step, where there are many: a sum over all is two passes over what is added."""
+    return (3 if stage == 3 else 2) * FLOAT * parameters
+
+
+def costs(args, config):
+    """What one shape costs, as main() prints it."""
+    import torch
+
+    from model.model import Transformer
+    from model.training.reports import count_parameters, flops_per_token
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters, working = count_parameters(model)
+    block = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    block = max(block, model.tok_embeddings.weight.numel())
+    of_block, of_ends = bytes_per_token(config)
+    tokens = args.batch_size * args.max_seq_len
+    plain = tokens * (config.n_layers * of_block + of_ends)
+    checkpointed = tokens * (config.n_layers * FLOAT * config.dim + of_block + of_ends)
+    corpus = args.characters / LETTERS_PER_TOKEN if args.characters else 20 * parameters
+    seconds = corpus * flops_per_token(model, args.max_seq_len) / (args.peak_tflops * 1e12 * args.mfu)
+    ranks = {}
+    for processes in args.processes:
+        ranks[processes] = dict(hours=round(seconds / 3600 / processes, 2))
+        for stage in range(4):
+            state = sum(memory(parameters, block, processes, stage).values())
+            ranks[processes][f"zero{stage}"] = dict(
+                state_gb=gigabytes(state), plain_gb=gigabytes(state + plain),
+                checkpointing_gb=gigabytes(state + checkpointed), sent_gb=gigabytes(network(parameters, stage) * (processes > 1)),
+            )  # fmt: skip
+    storage = dict(
+        text=corpus * LETTERS_PER_TOKEN * UTF8, tokens=corpus * (HALF if config.vocab_size <= 1 << 16 else FLOAT),
+        checkpoint=FLOAT * parameters, training_state=3 * FLOAT * parameters,
+    )  # fmt: skip
+    return dict(
+        parameters=parameters, working=working, tokens=corpus, kilobytes_per_token_and_block=round(of_block / 1e3, 1),
+        ranks=ranks, storage_gb={name: gigabytes(size) for name, size in storage.items()},
+    )  # fmt: skip
+
+
+def gigabytes(size):
+    return round(size / 1e9, 2)
+
+
+def print_costs(args, name, cost):
+    print(f"\n{name}: {cost['parameters']:,} parameters ({cost['working']:,} at work), {cost['tokens']:.3g} tokens")
+    print("  storage: " + ", ".join(f"{what} {size:,} GB" for what, size in cost["storage_gb"].items()))
+    rows = f"{args.batch_size} x {args.max_seq_len} tokens"
+    for processes, ranks in cost["ranks"].items():
+        hours = ranks["hours"]
+        print(
+            f"  {processes} GPUs, {hours:,} hours at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s; GB of each rank:"
+        )
+        print(f"  {'ZeRO':6s}{'state':>10s}{'+ ' + rows:>24s}{'with checkpointing':>22s}{'sent a step':>14s}")
+        for stage in range(4):
+            values = ranks[f"zero{stage}"]
+            columns = zip(("state_gb", "plain_gb", "checkpointing_gb", "sent_gb"), (10, 24, 22, 14))
+            print(f"  {stage:<6d}" + "".join(f"{values[column]:>{width},}" for column, width in columns))
+
+
+def main():
+    args = parse_arguments()
+    results = {}
+    for name, config in shapes(args).items():
+        results[name] = costs(args, config)
+        print_costs(args, name, results[name])
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    run_main(main)
