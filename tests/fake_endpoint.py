@@ -75,6 +75,7 @@ def handler_of(fake):
                     fake.sent.append(piece)
                     time.sleep(fake.pause)
             self.chunk({}, fake.finish_reason)
+            self.chunk({}, None)  # as some servers do
             self.event({**chunk(), "choices": [], "usage": usage(count)})
             self.wfile.write(b"data: [DONE]\n\n")
 

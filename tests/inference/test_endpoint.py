@@ -44,8 +44,8 @@ def test_pieces_add_up_to_what_the_endpoint_counted(fake):
     fake.answer, fake.finish_reason = ["你", "", "好"], "length"
     pieces = list(Endpoint(fake.url).stream("minimind", ASK, temperature=0, top_k=0))
     assert "".join(piece.text for piece in pieces) == "你好"
-    assert [piece.tokens for piece in pieces] == [1, 0, 1, 0, 6 - 2], "6 by the usage at the end"
-    assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", None]
+    assert [piece.tokens for piece in pieces] == [1, 0, 1, 0, 0, 6 - 2], "6 by the usage at the end"
+    assert [piece.finish_reason for piece in pieces] == [None, None, None, "length", None, None]
     assert pieces[0] == Piece("你", 1)
     asked = fake.requests[0]
     assert asked["temperature"] == 0 and not {"top_k", "top_p", "max_tokens"} & asked.keys()
