@@ -12,10 +12,11 @@ KEY = "sk-of-this-test"
 class FakeEndpoint:
     """What it lists, answers and has seen. answer: the pieces of each answer, or a function of the request's body that gives
     them: texts; an Event to wait for; ("error", message) as servers say it in the middle; None, where the connection breaks
-    off. refusal: (status, message) instead of an answer."""
+    off. refusal: (status, message) instead of an answer; listing: (status, JSON value) instead of the list of models."""
 
     def __init__(self):
         self.models, self.answer, self.key, self.refusal = ["minimind", "minimind-lora"], ["你", "好", "！"], None, None
+        self.listing = None
         self.finish_reason, self.requests, self.sent, self.disconnects, self.pause = "stop", [], [], 0, 0.0
         self.ended = threading.Event()  # set when an answer came to its end or was given up
 
@@ -39,7 +40,8 @@ def handler_of(fake):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if self.allowed():
-                self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in fake.models]})
+                models = [{"id": name, "object": "model"} for name in fake.models]
+                self.reply(*(fake.listing or (200, {"object": "list", "data": models})))
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -73,6 +75,7 @@ def handler_of(fake):
                     fake.sent.append(piece)
                     time.sleep(fake.pause)
             self.chunk({}, fake.finish_reason)
+            self.chunk({}, None)  # as some servers do
             self.event({**chunk(), "choices": [], "usage": usage(count)})
             self.wfile.write(b"data: [DONE]\n\n")
 

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from conftest import TINY, trained_scale
+from conftest import TINY, save_chat, trained_adapter, trained_scale
+from model.checkpoint import file_sha256, load_model, save_checkpoint
 from model.data.conversations import message
 from model.errors import UserError
 from model.inference.endpoint import Piece
@@ -43,9 +44,24 @@ def test_many_threads_get_what_each_would_get_alone(shared):
     assert not shared.engine.has_work and len(set(alone)) > 1
 
 
+class LateLock:
+    """A lock for which whoever waits wakes up late, as on a busy machine."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.release = self.lock.release
+
+    def acquire(self):
+        for _ in range(100):
+            if self.lock.acquire(blocking=False):
+                return
+            time.sleep(0.02)
+        raise TimeoutError("others always come first")
+
+
 def test_who_comes_later_does_not_wait_for_the_end_of_others(shared):
     """A thread that only steps would have the lock again before the one that asks has woken up."""
-    turns, leave = [], threading.Event()
+    turns, leave, shared.lock = [], threading.Event(), LateLock()
 
     def step_on():
         while not leave.is_set():
@@ -65,7 +81,7 @@ def test_who_comes_later_does_not_wait_for_the_end_of_others(shared):
     finally:
         leave.set()
         stepping.join()
-    assert sorted(waited)[5] <= 1 and max(waited) <= 3, waited
+    assert sorted(waited)[5] <= 1, waited
 
 
 def test_a_stop_frees_the_row_and_keeps_what_has_come(shared):
@@ -95,6 +111,50 @@ def test_messages_that_did_not_fit_are_counted(shared):
     answer = Answer(shared.stream([*history, message("user", "你好")], GREEDY))
     written(answer)
     assert answer.dropped > 0 and answer.dropped % 2 == 0
+
+
+def test_an_adapter_is_read_once_and_again_when_its_file_is_new(tmp_path, small_tokenizer):
+    base = save_chat(tmp_path / "full_sft_32.pth", small_tokenizer)
+    model, _ = load_model(base)
+    shared, path = SharedEngine(Engine(model, small_tokenizer), base), tmp_path / "lora_law_32.pth"
+    parent = {"file": str(base), "sha256": file_sha256(base)}
+
+    def save(seed, parent=parent):
+        weights = trained_adapter(model, ["layers.0.attention.wq"], seed=seed)
+        metadata = {"stage": "lora_law", "lora": {"alpha": 6.0}, "parent": parent}
+        save_checkpoint(path, model, metadata, weights=weights)
+        return shared.add_adapter(path)
+
+    first = save(0)
+    read = shared.engine.adapters[first]
+    assert shared.add_adapter(path) == first and shared.engine.adapters[first] is read
+    second = save(1)
+
+    def text(name):
+        return "".join(piece.text for piece in shared.stream(question("你好"), GREEDY, name))
+
+    assert len({text(None), text(first), text(second)}) == 3
+    with pytest.raises(UserError, match="was trained on"):
+        save(2, {**parent, "sha256": "0" * 64})
+
+
+def test_the_first_second_is_that_of_the_first_text():
+    gate = threading.Event()
+
+    def pieces():
+        yield Piece("", 0, dropped=2)
+        yield Piece("", 1)  # half a character
+        gate.wait(10)
+        yield Piece("好", 1)
+
+    answer = Answer(pieces())
+    while not answer.tokens:
+        time.sleep(0.001)
+    assert answer.first_seconds is None and answer.dropped == 2
+    gate.set()
+    assert written(answer) == "好" and 0 < answer.first_seconds <= answer.seconds and answer.tokens == 2
+    answer.stop()
+    assert answer.finish_reason == "stop", "it had ended"
 
 
 def endless(gate, closed):
