@@ -84,11 +84,16 @@ def ask(page, question):
     box.press("Enter")
 
 
+def come_to_rest(page):
+    """Wait until the page stands still: what is drawn anew meanwhile closes a list that is open."""
+    page.locator("[data-test-script-state=notRunning]").wait_for()
+
+
 def finished(page, count):
     """Wait until `count` answers are complete and the page stands still."""
     page.get_by_text(" 词元/秒 · ").nth(count - 1).wait_for()
     page.get_by_role("button", name=ZH["regenerate"]).wait_for()
-    page.locator("[data-test-script-state=notRunning]").wait_for()
+    come_to_rest(page)
 
 
 def answer(page):
@@ -97,6 +102,7 @@ def answer(page):
 
 
 def choose(page, label, option):
+    come_to_rest(page)
     page.get_by_test_id("stSelectbox").filter(has_text=label).locator("input").click()
     page.get_by_role("option", name=option, exact=True).click()
 
@@ -139,13 +145,14 @@ def test_a_model_answers_on_desktop_and_phone(visit, tmp_path, small_tokenizer, 
             page = visit(address, size)
             page.screenshot(path=tmp_path / f"{size}_start.png")
             ask(page, "广州有什么好吃的？")
-            page.get_by_text(ZH["regenerate"]).wait_for()
+            finished(page, 1)
             assert "广州有什么好吃的？" in page.get_by_test_id("stChatMessage").first.inner_text()
             assert "single_chat/full_sft_32 · " in answer(page).inner_text() and fits_the_width(page)
             page.screenshot(path=tmp_path / f"{size}_answer.png")
             choose(page, ZH["model"], "quickstart/dpo_32")
             ask(page, "那成都呢？")
             page.get_by_text("quickstart/dpo_32 · ").wait_for()
+            finished(page, 2)
             page.get_by_role("button", name=ZH["settings"]).click()
             page.get_by_text(ZH["temperature"], exact=True).wait_for()
             assert fits_the_width(page)
