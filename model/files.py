@@ -55,15 +55,27 @@ def uncompressed_suffix(path):
     return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in DECOMPRESSORS), "")
 
 
-def expand_paths(patterns):
-    """Existing files of paths and glob patterns, each pattern's in order, without repeats; no match is a UserError."""
+def expand_paths(patterns, suffixes=()):
+    """Existing files of paths and glob patterns, each pattern's in order, without repeats; no match is a UserError.
+    suffixes: a folder among them stands for its files with one of these, also compressed ones (without any: for itself).
+    """
     paths = {}
     for pattern in map(str, patterns):
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches and not Path(pattern).exists():  # a file's own name may look like a pattern
+        # A file's own name may look like a pattern.
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
             raise UserError(f"{pattern}: no such file")
-        paths |= dict.fromkeys(map(Path, matches or [pattern]))
+        for path in map(Path, matches):
+            paths |= dict.fromkeys(files_within(path, suffixes) if suffixes and path.is_dir() else [path])
     return list(paths)
+
+
+def files_within(folder, suffixes):
+    """The files of `folder` whose uncompressed_suffix is one of `suffixes`, sorted by name; UserError when there is none."""
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and uncompressed_suffix(path) in suffixes]
+    if not found:
+        raise UserError(f"{folder}: no {' or '.join(suffixes)} file in this folder")
+    return found
 
 
 def refuse_existing(paths, overwrite, flag="--overwrite"):
