@@ -144,14 +144,14 @@ def atomic_write(path, mode="wb", **open_arguments):
         yield create(path, mode, **open_arguments)
 
 
-def refuse_foreign(path, names):
+def refuse_foreign(path, names, what="an export"):
     """Raise UserError unless the folder `path`, which is to be replaced, is absent or holds nothing but files of these
-    `names`."""
+    `names`, those of `what`."""
     path = Path(path)
     if path.is_dir():
         for found in sorted(path.iterdir()):
             if found.name not in names or not found.is_file():
-                raise UserError(f"{path}: holds {found.name}, which is not of an export; choose another output")
+                raise UserError(f"{path}: holds {found.name}, which is not of {what}; choose another output")
     elif os.path.lexists(path):
         raise UserError(f"{path}: is a file, not a folder; choose another output")
 
@@ -167,22 +167,31 @@ def atomic_folder(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
     folder = unfinished(target)
-    previous = target.with_name(folder.name.replace(".tmp-", ".replaced-"))
     folder.mkdir()
     try:
         yield folder
         for file in folder.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        sync_directory(folder)
+        replace_folder(folder, target)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise named(error, target)
+
+
+def replace_folder(folder, target):
+    """Rename the complete `folder` to `target`, in the place of a folder that is there: that one goes last of all, or is
+    back if something fails."""
+    previous = target.with_name(unfinished(target).name.replace(".tmp-", ".replaced-"))
+    sync_directory(folder)
+    try:
         if target.exists():
             target.rename(previous)
         folder.rename(target)
-    except BaseException as error:
+    except BaseException:
         if previous.exists() and not target.exists():
             previous.rename(target)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise named(error, target)
+        raise
     sync_directory(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from model.data.rows import RowReport
 
 
 class JoinedArrays:
-    """1-D arrays of one dtype as a single one, of which np.asarray makes a copy and an index reads only what it names.
+    """Arrays of one dtype as a single one, of which np.asarray makes a copy and an index reads only what it names.
 
     shifts: number added to what is read of each array (positions within a shard become positions within all).
     """
@@ -27,16 +27,16 @@ class JoinedArrays:
         return whole.astype(dtype or self.dtype, copy=False)
 
     def __getitem__(self, positions):
-        """The elements at `positions`, an array of any shape (numbers from 0 to len - 1)."""
-        positions = np.asarray(positions)
-        wanted, found = positions.ravel(), np.empty(positions.size, self.dtype)
+        """The elements (or rows) at `positions`, an array of any shape (numbers from 0 to len - 1)."""
+        positions, row = np.asarray(positions), self.arrays[0].shape[1:]
+        wanted, found = positions.ravel(), np.empty((positions.size, *row), self.dtype)
         numbers = np.searchsorted(self.ends, wanted, side="right")  # of the array that holds each
         order = np.argsort(numbers, kind="stable")
         for places in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1) if len(wanted) else ():
             number = numbers[places[0]]
             array = self.arrays[number]
             found[places] = array[wanted[places] - (self.ends[number] - len(array))] + self.shifts[number]
-        return found.reshape(positions.shape)
+        return found.reshape(positions.shape + row)
 
 
 class JoinedCaches:

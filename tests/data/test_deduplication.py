@@ -127,8 +127,8 @@ def test_near_duplicates_of_thousands_of_documents_are_found():
         assert near.keep(bands[part], bits[part]).all()
     others = generator.integers(0, 2**64 - 1, (3000, 16), dtype=np.uint64)
     others[:, 3] = bands[:, 3]
-    assert not near.keep(others, bits).any() and near.count == 3000
-    assert sum(run.nbytes for run in near.entries.runs) == 8 * 16 * 3000 and near.bits.nbytes < 80 * 6000
+    assert not near.keep(others, bits).any() and near.count == 6000  # what decides on later ones stays
+    assert sum(run.nbytes for run in near.entries.runs) == 8 * 16 * 6000 and near.bits.nbytes < 80 * 6000
 
 
 def test_boilerplate_does_not_hide_a_duplicate():
