@@ -83,13 +83,18 @@ def add_engine_flags(parser):
     """How a corpus for pretraining is processed beyond one machine."""
     group = parser.add_argument_group("beyond one machine")
     group.add_argument("--engine", choices=("single", "datatrove"), default="single", help="datatrove: the same documents as "
-                       "tasks that can be run again, written to the folder OUTPUT_DIR/pretrain (default: single)")  # fmt: skip
+                       "tasks that can be run again, in the folder OUTPUT_DIR/pretrain or --output (default: single)")  # fmt: skip
     group.add_argument("--executor", choices=("local", "slurm", "ray"), help="where tasks run (default: local)")
     group.add_argument("--tasks", type=positive_int, help="how many; a task has whole files and takes some 600 bytes of memory "
                        "for each of their rows with --near_dedup (default: one for each file)")  # fmt: skip
     group.add_argument("--partition", help="of Slurm, which needs it")
     group.add_argument("--time", help="limit of a task on Slurm (default: 24:00:00)")
-    group.add_argument("--task_memory", type=positive_int, metavar="GB", help="on Slurm and Ray (default: 4)")
+    group.add_argument(
+        "--task_memory",
+        type=positive_int,
+        metavar="GB",
+        help="reserved on Slurm (default: 4) and Ray (default: nothing)",
+    )
 
 
 def check_engine_flags(args):
@@ -118,7 +123,7 @@ def process_with_datatrove(args, inputs, rules):
     if executor == "local":
         small = sum(path.stat().st_size for path in inputs) < PARALLEL_FROM_BYTES
         workers = 1 if small else workers or default_workers()
-    place = dict(partition=args.partition, time_limit=args.time or "24:00:00", memory=args.task_memory or 4)
+    place = dict(partition=args.partition, time_limit=args.time or "24:00:00", memory=args.task_memory)
     return run(job, executor, workers, args.overwrite, **place)
 
 

@@ -144,14 +144,14 @@ def atomic_write(path, mode="wb", **open_arguments):
         yield create(path, mode, **open_arguments)
 
 
-def refuse_foreign(path, names, what="an export"):
+def refuse_foreign(path, names):
     """Raise UserError unless the folder `path`, which is to be replaced, is absent or holds nothing but files of these
-    `names`, those of `what`."""
+    `names`."""
     path = Path(path)
     if path.is_dir():
         for found in sorted(path.iterdir()):
             if found.name not in names or not found.is_file():
-                raise UserError(f"{path}: holds {found.name}, which is not of {what}; choose another output")
+                raise UserError(f"{path}: holds {found.name}, which is not of an export; choose another output")
     elif os.path.lexists(path):
         raise UserError(f"{path}: is a file, not a folder; choose another output")
 

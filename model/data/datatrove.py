@@ -41,7 +41,7 @@ from model.data.filters import PretrainRules
 from model.data.rows import RowReport
 from model.data.shards import JoinedArrays
 from model.errors import SCRIPTS, UserError, tell
-from model.files import atomic_write, locked, refuse_existing, refuse_foreign, replace_folder
+from model.files import atomic_write, locked, refuse_existing, replace_folder
 from model.memory import peak_memory
 
 logger.disable("datatrove")  # progress and errors are told in this project's way
@@ -237,7 +237,7 @@ def write(job, task):
     written, met = report.outputs[str(job.output)], 0
     path = job.work / "shards" / f"{task:05d}.jsonl.gz"
     with atomic_write(path) as file, atomic_write(report_file(job, task, "bad_lines.txt")) as bad_lines:
-        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, filename="", mtime=0) as handle:
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=4, filename="", mtime=0) as handle:
             for block, key in documents(job, task, rules, dedup=False, near_rows=None):
                 kept = np.ones(len(block.payloads), bool)
                 for rule, keys in gone.items():
@@ -320,9 +320,13 @@ def finish_on_slurm(data, task, tasks, job):
 
 def check_output(output, report, overwrite):
     """UserError for a folder `output` that must not be written: one that is there, unless `overwrite`, and even so one that
-    holds anything but shards."""
+    holds anything but shards and their token caches."""
     refuse_existing([output, *([report] if report else [])], overwrite)
-    refuse_foreign(output, [path.name for path in output.glob(SHARDS)], "a corpus in shards")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file, not a folder; choose another output")
+    for path in sorted(output.iterdir()) if output.exists() else ():
+        if not path.match(SHARDS) and path.name != ".cache":
+            raise UserError(f"{output}: holds {path.name}, which is no shard of a corpus; choose another output")
 
 
 @contextlib.contextmanager
@@ -348,12 +352,12 @@ def unfinished_run(job, overwrite):
         yield
 
 
-def run(job, executor="local", workers=None, overwrite=False, partition=None, time_limit=None, memory=4):
+def run(job, executor="local", workers=None, overwrite=False, partition=None, time_limit=None, memory=None):
     """Run what is left of a job; returns the CorpusReport, None where Slurm goes on alone.
 
     executor: "local" (processes of this machine), "ray" (the cluster that ray.init finds, else one on this machine) or
-    "slurm". workers: tasks at a time (None: no limit but that of the machines). partition, time_limit: of Slurm. memory: GB of
-    a task on Slurm and Ray. Raises UserError; what was completed is kept, and the same job goes on with it.
+    "slurm". workers: tasks at a time (None: no limit but that of the machines). partition, time_limit: of Slurm. memory: GB that
+    a task reserves there and on Ray. Raises UserError; what was completed is kept, and the same job goes on with it.
     """
     check_output(job.output, job.report_path, overwrite)
     with unfinished_run(job, overwrite):
@@ -382,8 +386,13 @@ def on_ray(function, items, workers, memory):
     `memory` GB. A task whose process is lost is run again by Ray, three times."""
     import ray
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
-    task = ray.remote(num_cpus=1, memory=int(memory * 1e9))(call)
+    try:
+        ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise UserError(f"--executor ray: no cluster answers where RAY_ADDRESS says ({error})") from None
+    if memory and not any(node["Resources"].get("memory", 0) >= memory * 1e9 for node in ray.nodes()):
+        raise UserError(f"--task_memory {memory}: no machine of the Ray cluster has so much")  # it would wait for one
+    task = ray.remote(num_cpus=1, memory=memory and int(memory * 1e9))(call)
     function, waiting, running = ray.put(function), list(items), []
     try:
         while waiting or running:
@@ -419,7 +428,7 @@ def submit(job, workers, partition, time_limit, memory):
             job_name=f"minimind-{stage}",
             partition=partition,
             time=time_limit,
-            mem_per_cpu_gb=memory,
+            mem_per_cpu_gb=memory or 4,
             qos=None,
             sbatch_args={"kill-on-invalid-dep": "yes"},
             env_command=f"export PATH={shlex.quote(path)} PYTHONPATH={shlex.quote(str(SCRIPTS))}",

@@ -66,9 +66,9 @@ def on_all(action):
         result = action()
     except UserError as problem:
         error = problem
-    failed = gather(error is not None)
+    failed = sum_over_ranks([error is not None and number == rank() for number in range(world_size())])
     if any(failed):
-        raise error if failed.index(True) == rank() else UserError("")
+        raise error if error and not any(failed[: rank()]) else UserError("")
     return result
 
 
