@@ -73,7 +73,7 @@ def add_corpus_flags(parser, kind):
     parser.add_argument("--no_dedup", action="store_true", help="keep exact duplicates")
     parser.add_argument("--near_dedup", action="store_true",
                         help="also drop near duplicates (MinHash over runs of 5 characters); takes 200 bytes of memory for "
-                        "every row kept, 400 for moments")  # fmt: skip
+                        "every row that is no exact duplicate, 400 for moments")  # fmt: skip
     parser.add_argument("--near_dedup_threshold", type=checked(float, {"least": 0.5, "most": 0.99}), default=0.8,
                         metavar="SIMILARITY", help="Jaccard similarity from which --near_dedup drops a row; it is estimated "
                         "within about 0.03 (default: 0.8)")  # fmt: skip
@@ -85,8 +85,8 @@ def add_engine_flags(parser):
     group.add_argument("--engine", choices=("single", "datatrove"), default="single", help="datatrove: the same documents as "
                        "tasks that can be run again, in the folder OUTPUT_DIR/pretrain or --output (default: single)")  # fmt: skip
     group.add_argument("--executor", choices=("local", "slurm", "ray"), help="where tasks run (default: local)")
-    group.add_argument("--tasks", type=positive_int, help="how many; a task has whole files and takes some 600 bytes of memory "
-                       "for each of their rows with --near_dedup (default: one for each file)")  # fmt: skip
+    group.add_argument("--tasks", type=positive_int, help="how many; a task has whole files, and takes 900 bytes of memory "
+                       "for each of their rows with --near_dedup (default: as many as files)")  # fmt: skip
     group.add_argument("--partition", help="of Slurm, which needs it")
     group.add_argument("--time", help="limit of a task on Slurm (default: 24:00:00)")
     group.add_argument(

@@ -143,16 +143,18 @@ def convert(job, task):
         arrays |= by_parts("digest", arrays["digests"][:, None], job.tasks)
     if job.near_threshold:
         bands, arrays["bits"] = map(np.concatenate, zip(*signatures))
-        arrays |= by_parts("band", bands & BAND, job.tasks)
+        signatures.clear()  # a third of the memory
+        bands &= BAND
+        arrays |= by_parts("band", bands, job.tasks)
     save(job, "convert", task, arrays)
 
 
 def by_parts(name, hashes, parts):
     """{name: the hashes [n, k] of n documents sorted by the part each belongs to, "<name>_rows": the document of each,
     "<name>_bounds": where each part begins, and the end}."""
-    part = hashes.ravel() // (DOCUMENT + np.uint64(1)) % np.uint64(parts)
+    part = (hashes.ravel() // (DOCUMENT + np.uint64(1)) % np.uint64(parts)).astype(np.uint32)
     order = np.argsort(part, kind="stable")
-    bounds = np.searchsorted(part[order], np.arange(parts + 1, dtype=np.uint64))
+    bounds = np.searchsorted(part[order], np.arange(parts + 1, dtype=np.uint32))
     rows = (order // hashes.shape[1]).astype(np.uint32)
     return {name: hashes.ravel()[order], f"{name}_rows": rows, f"{name}_bounds": bounds}
 
