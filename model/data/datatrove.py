@@ -187,13 +187,11 @@ def match(job, part):
     save(job, "match", part, found)
 
 
-def are_first(keys, *groups):
-    """bool [n]: whether each key is the lowest among those that are equal in all `groups`."""
-    order = np.lexsort((keys, *groups))
-    begins = np.zeros(len(keys), bool)
-    begins[:1] = True
-    for group in groups:
-        begins[1:] |= group[order][1:] != group[order][:-1]
+def are_first(keys, digests):
+    """bool [n]: whether each key is the lowest among those with the same digest."""
+    order = np.lexsort((keys, digests))
+    begins = np.ones(len(keys), bool)
+    begins[1:] = digests[order][1:] != digests[order][:-1]
     lowest = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))
     first = np.empty(len(keys), bool)
     first[order] = keys[order] == keys[order][lowest]
@@ -204,8 +202,10 @@ def near_pairs(job, part):
     """uint64 [p, 2]: the keys of a document and of an earlier one that is like it, of those that share a band of this part."""
     bands, rows = shared(job, "band", part)
     keys = of_all_tasks(job, "keys")[rows]
-    if job.dedup:  # exact duplicates are not there to be compared, and have all bands in common
-        first = are_first(keys, bands, of_all_tasks(job, "digests")[rows])
+    if (
+        job.dedup
+    ):  # exact duplicates are not there to be compared; as they have all bands in common, the first is here too
+        first = are_first(keys, of_all_tasks(job, "digests")[rows])
         bands, rows, keys = bands[first], rows[first], keys[first]
     keys, places, numbers = np.unique(keys, return_index=True, return_inverse=True)
     if len(keys) > DOCUMENT:

@@ -339,6 +339,10 @@ def test_a_chain_of_slurm_jobs(tmp_path, slurm):
         assert "--partition=cpu" in job and "--time=1:00:00" in job and "--mem-per-cpu=4G" in job
     assert all("afterok:1" in job.splitlines()[0] for job in stages[1:])
     assert "--array=0-1\n" in stages[0] and "--array=0-0\n" in stages[2]
+    before = documents_of(tmp_path / "out")
+    local = [*flags[: flags.index("--executor")], "--tasks", 2, "--overwrite"]  # its logs are still there, and no more
+    assert run_script("data_process.py", "pretrain", *local, env=slurm).returncode == 0
+    assert documents_of(tmp_path / "out") == before
 
 
 # Bad input

@@ -212,12 +212,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("missing", ["one", "all"])
+@pytest.mark.parametrize("missing", ["one", "all", "all on both"])
 def test_a_shard_that_one_machine_lacks_is_said_once(tmp_path, small_tokenizer_path, missing):
     """Each of two ranks reads a folder of its own, as on two machines without shared storage."""
     for node in range(2):
         (tmp_path / f"node{node}/data").mkdir(parents=True)
-        for number in range(2 if node == 0 else 1 if missing == "one" else 0):
+        for number in range({"one": 2 - node, "all": 2 - 2 * node, "all on both": 0}[missing]):
             write_jsonl(tmp_path / f"node{node}/data/{number}.jsonl", documents(number, 40))
     (tmp_path / "node.py").write_text(NODE)
     flags = [*TINY_FLAGS, *CPU_FLAGS, "--max_steps", 1, "--tokenizer_path", small_tokenizer_path]
