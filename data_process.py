@@ -24,7 +24,14 @@ from model.files import atomic_write, expand_paths
 
 MOST_WORKERS = 4  # unless asked for: more wait for the one process that writes, and each needs 50 MB
 RULES = {"pretrain": PretrainRules, "sft": ConversationRules, "dpo": PreferenceRules}
-ENGINE_FLAGS = ("executor", "tasks", "partition", "time", "task_memory")
+# Flag of --engine datatrove -> the executors it is for.
+ENGINE_FLAGS = {
+    "executor": None,
+    "tasks": None,
+    "partition": ["slurm"],
+    "time": ["slurm"],
+    "task_memory": ["slurm", "ray"],
+}
 OUTPUTS = {  # flag that names another file -> file in --output_dir
     "pretrain": {"output": "pretrain_data.csv"},
     "sft": {"output_single": "sft_data_single.csv", "output_multi": "sft_data.csv"},
@@ -99,10 +106,14 @@ def add_engine_flags(parser):
 
 def check_engine_flags(args):
     """UserError for a flag that would have no effect, or is missing."""
-    if args.engine == "single":
-        if given := [name for name in ENGINE_FLAGS if getattr(args, name) is not None]:
-            raise UserError(f"--{given[0]} is for --engine datatrove: give that too, or leave it out", exit_code=2)
-    elif args.executor == "slurm" and not args.partition:
+    for name, executors in ENGINE_FLAGS.items():
+        if getattr(args, name) is None:
+            continue
+        if args.engine == "single":
+            raise UserError(f"--{name} is for --engine datatrove: give that too, or leave it out", exit_code=2)
+        if executors and args.executor not in executors:
+            raise UserError(f"--{name} is for --executor {' or '.join(executors)}: leave it out", exit_code=2)
+    if args.executor == "slurm" and not args.partition:
         raise UserError("--executor slurm: name the partition with --partition", exit_code=2)
 
 

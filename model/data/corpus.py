@@ -310,8 +310,9 @@ def output_file(path, frame, written):
         written["bytes"] = handle.tell()
 
 
-def in_processes(function, items, workers):
-    """Yield function(item) of every item, in order, from `workers` processes. UserError when one of them is killed."""
+def in_processes(function, items, workers, wait=True):
+    """Yield function(item) of every item, in order, from `workers` processes. UserError when one of them is killed.
+    wait: whether Ctrl-C and errors wait for the items that are being worked on; else, for long ones, the processes end."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -329,7 +330,7 @@ def in_processes(function, items, workers):
         except BrokenProcessPool:
             raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
-            if waiting:  # Ctrl-C, or an error: what still runs is of no use, and may run for hours
+            if waiting and not wait:
                 for process in multiprocessing.active_children():
                     process.terminate()
             pool.shutdown(cancel_futures=True)

@@ -302,6 +302,8 @@ def finish(job, workers):
                 with open(report_file(job, task, "bad_lines.txt"), "rb") as part:
                     shutil.copyfileobj(part, handle)
     (job.work / "run.json").unlink()  # from here on there is nothing to go on with
+    for path in (job.work / "shards").glob("*.tmp-*"):  # of tasks that were killed on another machine
+        path.unlink()
     replace_folder(job.work / "shards", job.output)
     for name in LEFTOVERS:
         shutil.rmtree(job.work / name, ignore_errors=True)
@@ -320,9 +322,11 @@ def finish_on_slurm(data, task, tasks, job):
 # Starting a run
 
 
-def check_output(output, report, overwrite):
-    """UserError for a folder `output` that must not be written: one that is there, unless `overwrite`, and even so one that
-    holds anything but shards and their token caches."""
+def check_output(output, inputs, report, overwrite):
+    """UserError for a folder `output` that must not be written: one with inputs in it, one that is there, unless `overwrite`,
+    and even so one that holds anything but shards and their token caches."""
+    if os.path.realpath(output) in (os.path.realpath(path.parent) for path in inputs):
+        raise UserError(f"{output}: is where the input lies; choose another output")
     refuse_existing([output, *([report] if report else [])], overwrite)
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file, not a folder; choose another output")
@@ -361,7 +365,7 @@ def run(job, executor="local", workers=None, overwrite=False, partition=None, ti
     "slurm". workers: tasks at a time (None: no limit but that of the machines). partition, time_limit: of Slurm. memory: GB that
     a task reserves there and on Ray. Raises UserError; what was completed is kept, and the same job goes on with it.
     """
-    check_output(job.output, job.report_path, overwrite)
+    check_output(job.output, job.inputs, job.report_path, overwrite)
     with unfinished_run(job, overwrite):
         if executor == "slurm":
             return submit(job, workers, partition, time_limit, memory)
@@ -371,7 +375,8 @@ def run(job, executor="local", workers=None, overwrite=False, partition=None, ti
                 stage_executor = RayPipelineExecutor(pipeline, tasks=tasks, logging_dir=logs)
                 start = functools.partial(on_ray, memory=memory)
             else:
-                stage_executor, start = LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=logs), in_processes
+                stage_executor = LocalPipelineExecutor(pipeline, tasks=tasks, logging_dir=logs)
+                start = functools.partial(in_processes, wait=False)
             left = stage_executor.get_incomplete_ranks()
             if len(left) < tasks:
                 tell(f"{stage}: {tasks - len(left)} of {tasks} tasks are done already")

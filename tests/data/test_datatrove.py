@@ -200,6 +200,8 @@ def test_a_killed_run_goes_on_with_the_tasks_that_are_missing(tmp_path, stage, d
     other = run_script("data_process.py", *flags[:-1], 2)
     assert_one_line_error(other, work, "unfinished run with other files or flags", "--overwrite")
     assert arrays == {path.name: path.stat().st_mtime_ns for path in work.glob("arrays/*-0000[01]-*.npy")} and times
+    (work / "shards").mkdir(exist_ok=True)
+    (work / "shards/00002.jsonl.gz.tmp-elsewhere-1-2").touch()
     process = run_script("data_process.py", *flags)
     assert process.returncode == 0, process.stderr
     for name, count in done.items():
@@ -229,7 +231,7 @@ def failing_or_slow(task):
 
 def test_an_error_does_not_wait_for_the_other_tasks():
     with pytest.raises(UserError, match="as it must be"):
-        list(corpus.in_processes(failing_or_slow, range(2), 2))
+        list(corpus.in_processes(failing_or_slow, range(2), 2, wait=False))
 
 
 def test_several_processes(tmp_path):
@@ -357,6 +359,9 @@ def test_bad_flags(tmp_path, run):
         (["--executor", "ray"], "--executor is for --engine datatrove"),
         (["--tasks", "2"], "--tasks is for --engine datatrove"),
         (["--engine", "datatrove", "--executor", "slurm"], "--partition"),
+        (["--engine", "datatrove", "--partition", "cpu"], "--partition is for --executor slurm"),
+        (["--engine", "datatrove", "--executor", "ray", "--time", "1:0:0"], "--time is for --executor slurm"),
+        (["--engine", "datatrove", "--task_memory", 2], "--task_memory is for --executor slurm or ray"),
     ):
         process = run(*words, *flags)
         assert process.returncode == 2 and part in process.stderr and "Traceback" not in process.stderr
@@ -393,6 +398,8 @@ def test_what_is_in_the_output_folder(tmp_path, run):
     (tmp_path / "out/.cache").mkdir()
     good(run(*words, "--overwrite"))
     assert documents_of(tmp_path / "out") == before
+    again = [*words[:3], tmp_path / "out/00000.jsonl.gz", *words[4:], "--overwrite"]
+    assert_one_line_error(run(*again), tmp_path / "out", "where the input lies")
     (tmp_path / "out/my notes.txt").write_text("mine")
     assert_one_line_error(run(*words, "--overwrite"), "holds my notes.txt", "no shard of a corpus")
     shutil.rmtree(tmp_path / "out")
