@@ -36,24 +36,25 @@ def main():
     # Imported after the arguments are read, so that --help answers at once.
     from model.build import build_model
     from model.data.dataset import describe_sample, open_pretrain_data
-    from model.data.token_cache import check_data_file
+    from model.data.token_cache import data_files
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
-    from model.training.ranks import print_once
+    from model.training.ranks import on_all, print_once
     from model.training.reports import describe_model
 
     # Device, ranks, seed; then the tokenizer and a model of its vocabulary, fresh unless --init_from names a parent.
     settings = training_settings(args)
     device = start(settings)
-    check_data_file(args.data_path, "pretrain")
+    on_all(lambda: data_files(args.data_path, "pretrain"))
     tokenizer = load_tokenizer(args.tokenizer_path, args.init_from)
     model, parent = build_model(from_flags(ModelSettings, args), tokenizer, args.init_from)
     model.to(device)
     print_once(describe_model(model, settings.dtype))
 
     # Documents of which one in a hundred is held out for validation, packed into rows without padding.
-    train, validation = open_pretrain_data(
-        args.data_path, tokenizer, model.config.max_seq_len, seed=args.seed, cache_dir=args.cache_dir
+    options = dict(seed=args.seed, cache_dir=args.cache_dir)
+    train, validation = on_all(
+        lambda: open_pretrain_data(args.data_path, tokenizer, model.config.max_seq_len, **options)
     )
     print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
     print_once(f"sample: {describe_sample(tokenizer, train[0], max_tokens=60)}")

@@ -40,16 +40,17 @@ def main():
     from model.build import build_model, requested_config
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_sft_data
-    from model.data.token_cache import check_data_file
+    from model.data.token_cache import data_files
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
-    from model.training.ranks import print_once
+    from model.training.ranks import on_all, print_once
     from model.training.reports import describe_model
 
     # Device, ranks, seed; then the tokenizer and the weights of the stage before, whose shape wins over the preset.
     stage, shape, settings = MULTI if args.multi else SINGLE, from_flags(ModelSettings, args), training_settings(args)
     device = start(settings)
-    data_path = check_data_file(args.data_path or stage.data_path, "sft")
+    data_path = args.data_path or stage.data_path
+    on_all(lambda: data_files(data_path, "sft"))
     start_from = args.init_from or find_checkpoint(args.out_dir, stage.parents, requested_config(shape), "--init_from")
     tokenizer = load_tokenizer(args.tokenizer_path, start_from)
     model, parent = build_model(shape, tokenizer, start_from)
@@ -60,7 +61,7 @@ def main():
     # Conversations, batched by length; labels mark the assistant's turns.
     max_seq_len = model.config.max_seq_len
     options = dict(seed=args.seed, last_turn_only=args.last_turn_only, cache_dir=args.cache_dir)
-    train, validation = open_sft_data(data_path, tokenizer, max_seq_len, **options)
+    train, validation = on_all(lambda: open_sft_data(data_path, tokenizer, max_seq_len, **options))
     print_once(f"{data_path}: " + "\n".join(train.report.summary()))
     print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 

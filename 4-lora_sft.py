@@ -42,19 +42,19 @@ def main():
     from model.build import build_model, requested_config
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_sft_data
-    from model.data.token_cache import check_data_file
+    from model.data.token_cache import data_files
     from model.files import refuse_existing
     from model.lora import add_adapter, check_peft_folder, describe_adapter, save_peft_folder
     from model.tokenizer import load_tokenizer
     from model.training.loop import Trainer, language_model_loss, start
-    from model.training.ranks import on_main, print_once
+    from model.training.ranks import on_all, on_main, print_once
     from model.training.reports import describe_model
     from model.training.strategy import LowRankAdapters
 
     # Device, ranks, seed; then the tokenizer and the base, a chat model whose shape wins over the preset.
     shape, settings = from_flags(ModelSettings, args), training_settings(args)
     device = start(settings)
-    data_path = check_data_file(args.data_path, "sft")
+    on_all(lambda: data_files(args.data_path, "sft"))
     if args.save_peft:
         refuse_existing([args.save_peft], args.overwrite or args.resume)
         check_peft_folder(args.save_peft)
@@ -71,8 +71,9 @@ def main():
 
     # The rows of stage 3: conversations, labels mark the assistant's turns.
     options = dict(seed=args.seed, last_turn_only=args.last_turn_only, cache_dir=args.cache_dir)
-    train, validation = open_sft_data(data_path, tokenizer, model.config.max_seq_len, **options)
-    print_once(f"{data_path}: " + "\n".join(train.report.summary()))
+    max_seq_len = model.config.max_seq_len
+    train, validation = on_all(lambda: open_sft_data(args.data_path, tokenizer, max_seq_len, **options))
+    print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
     print_once(f"sample, learned parts in brackets: {describe_sample(tokenizer, train[0], max_tokens=120)}")
 
     # The loss of stage 3 too. What goes into the file is the adapter, and its .json says on which base it stands.

@@ -42,16 +42,18 @@ def main():
     from model.build import build_model, requested_config
     from model.checkpoint import find_checkpoint
     from model.data.dataset import describe_sample, open_preference_data
-    from model.data.token_cache import check_data_file
+    from model.data.token_cache import data_files
     from model.tokenizer import load_tokenizer
     from model.training.loop import start
-    from model.training.ranks import print_once
+    from model.training.ranks import on_all, print_once
     from model.training.reports import describe_model
 
     # Device, ranks, seed; then the tokenizer and the chat model to begin with, whose shape wins over the preset.
     shape, settings = from_flags(ShapeSettings, args), training_settings(args)
     device = start(settings)
-    data_path = check_data_file(args.data_path, "dpo")
+    on_all(lambda: data_files(args.data_path, "dpo"))
+    if args.validation_path:
+        on_all(lambda: data_files(args.validation_path, "dpo", "--validation_path"))
     start_from = args.init_from or find_checkpoint(args.out_dir, STAGE.parents, requested_config(shape), "--init_from")
     tokenizer = load_tokenizer(args.tokenizer_path, start_from)
     model, parent = build_model(shape, tokenizer, start_from)
@@ -59,10 +61,10 @@ def main():
     print_once(f"weights, and the reference, from {parent['file']}")
 
     # Pairs of answers to one prompt; labels mark the answers.
-    held_out = check_data_file(args.validation_path, "dpo", "--validation_path") if args.validation_path else None
-    options = dict(validation_path=held_out, seed=args.seed, cache_dir=args.cache_dir)
-    train, validation = open_preference_data(data_path, tokenizer, model.config.max_seq_len, **options)
-    print_once(f"{data_path}: " + "\n".join(train.report.summary()))
+    max_seq_len = model.config.max_seq_len
+    options = dict(validation_path=args.validation_path, seed=args.seed, cache_dir=args.cache_dir)
+    train, validation = on_all(lambda: open_preference_data(args.data_path, tokenizer, max_seq_len, **options))
+    print_once(f"{args.data_path}: " + "\n".join(train.report.summary()))
     parts = {"training": train, "held_out": validation}
     longer = {name: pairs.longer_is_chosen for name, pairs in parts.items() if len(pairs)}
     shares = ", ".join(f"{share:.1%} ({name.replace('_', ' ')})" for name, share in longer.items())

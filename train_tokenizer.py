@@ -30,7 +30,7 @@ def parse_arguments():
         "--data_path",
         nargs="+",
         metavar="FILE",
-        help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs. Rows have text, or history/q/a, or "
+        help=".jsonl, .csv or .txt, also .gz, .xz, .zst; globs, folders of .jsonl and .csv. Rows have text, or history/q/a, or "
         f"conversations (default: {' or '.join(DEFAULT_INPUTS)})",
     )
     parser.add_argument(
@@ -68,7 +68,7 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    paths = expand_paths(args.data_path)
+    paths = expand_paths(args.data_path, (".csv", ".jsonl"))
     sample = read_sample(paths, args.max_chars, args.group_field, args.exclude_groups, args.seed)
     groups, excluded = len(sample.sizes), len(sample.sizes) - len(sample.kept_sizes)
     print(

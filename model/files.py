@@ -55,15 +55,27 @@ def uncompressed_suffix(path):
     return next((suffix for suffix in reversed(Path(path).suffixes) if suffix not in DECOMPRESSORS), "")
 
 
-def expand_paths(patterns):
-    """Existing files of paths and glob patterns, each pattern's in order, without repeats; no match is a UserError."""
+def expand_paths(patterns, suffixes=()):
+    """Existing files of paths and glob patterns, each pattern's in order, without repeats; no match is a UserError.
+    suffixes: a folder among them stands for its files with one of these, also compressed ones (without any: for itself).
+    """
     paths = {}
     for pattern in map(str, patterns):
-        matches = sorted(glob.glob(pattern, recursive=True))
-        if not matches and not Path(pattern).exists():  # a file's own name may look like a pattern
+        # A file's own name may look like a pattern.
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
             raise UserError(f"{pattern}: no such file")
-        paths |= dict.fromkeys(map(Path, matches or [pattern]))
+        for path in map(Path, matches):
+            paths |= dict.fromkeys(files_within(path, suffixes) if suffixes and path.is_dir() else [path])
     return list(paths)
+
+
+def files_within(folder, suffixes):
+    """The files of `folder` whose uncompressed_suffix is one of `suffixes`, sorted by name; UserError when there is none."""
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and uncompressed_suffix(path) in suffixes]
+    if not found:
+        raise UserError(f"{folder}: no {' or '.join(suffixes)} file in this folder")
+    return found
 
 
 def refuse_existing(paths, overwrite, flag="--overwrite"):
@@ -155,22 +167,31 @@ def atomic_folder(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, f"{glob.escape(target.name)}.tmp-*")
     folder = unfinished(target)
-    previous = target.with_name(folder.name.replace(".tmp-", ".replaced-"))
     folder.mkdir()
     try:
         yield folder
         for file in folder.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-        sync_directory(folder)
+        replace_folder(folder, target)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise named(error, target)
+
+
+def replace_folder(folder, target):
+    """Rename the complete `folder` to `target`, in the place of a folder that is there: that one goes last of all, or is
+    back if something fails."""
+    previous = target.with_name(unfinished(target).name.replace(".tmp-", ".replaced-"))
+    sync_directory(folder)
+    try:
         if target.exists():
             target.rename(previous)
         folder.rename(target)
-    except BaseException as error:
+    except BaseException:
         if previous.exists() and not target.exists():
             previous.rename(target)
-        shutil.rmtree(folder, ignore_errors=True)
-        raise named(error, target)
+        raise
     sync_directory(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 

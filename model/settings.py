@@ -73,7 +73,7 @@ class ModelSettings(ShapeSettings):
 class DataSettings(Checked):
     """What a training stage reads and starts from."""
 
-    data_path: str = flag(None, "training rows, .csv or .jsonl (default: {default})", str)
+    data_path: str = flag(None, "training rows: a file, a folder of them or a quoted glob (default: {default})", str)
     tokenizer_path: str = flag(
         None, "tokenizer folder (default: a parent folder's, else model/minimind_tokenizer)", str
     )

@@ -278,8 +278,8 @@ def process_corpus(inputs, outputs, rules, dedup=True, near_threshold=None, work
             bad_lines = stack.enter_context(atomic_write(bad_lines_path))
             written = report.outputs.values()
             files = [stack.enter_context(output_file(*file)) for file in zip(outputs, rules.frames, written)]
-            for block in convert_all(blocks, convert, report.workers):
-                merge_block(block, duplicates, files, bad_lines, report)
+            for block in in_processes(convert, blocks, report.workers):
+                merge_block(block, duplicates.keep(block, report.dropped), files, bad_lines, report)
             report.refuse_empty_result()
     except OSError as error:
         raise UserError(f"{error.filename or outputs[0]}: {error.strerror}; nothing was written") from error
@@ -310,25 +310,29 @@ def output_file(path, frame, written):
         written["bytes"] = handle.tell()
 
 
-def convert_all(blocks, convert, workers):
-    """Yield convert(block) of every block, in order, from `workers` processes."""
+def in_processes(function, items, workers, wait=True):
+    """Yield function(item) of every item, in order, from `workers` processes. UserError when one of them is killed.
+    wait: whether Ctrl-C and errors wait for the items that are being worked on; else, for long ones, the processes end."""
     if workers == 1:
-        yield from map(convert, blocks)
+        yield from map(function, items)
         return
     # spawn: a forked copy of a process with threads (NumPy's, the progress bar's) may hang.
     context, waiting = multiprocessing.get_context("spawn"), collections.deque()
     with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(os.getpid(),)) as pool:
         try:
-            for block in blocks:
+            for item in items:
                 with children_without_interrupts():  # the pool starts its processes here
-                    waiting.append(pool.submit(convert, block))
-                if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest block
+                    waiting.append(pool.submit(function, item))
+                if len(waiting) > 3 * workers:  # bounds memory: the reader waits for the slowest item
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError("a worker process was killed (out of memory?); try fewer --workers") from None
         finally:
+            if waiting and not wait:
+                for process in multiprocessing.active_children():
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
 
 
@@ -357,8 +361,9 @@ def start_worker(parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
-def merge_block(block, duplicates, files, bad_lines, report):
-    """Write the new documents of a Converted block to `files` (handle, counts) and add everything up in `report`."""
+def merge_block(block, kept, files, bad_lines, report):
+    """Write the documents `kept` (bool [n]) of a Converted block to `files` (handle, counts) and add everything up in
+    `report`."""
     report.rows += block.read
     report.rows_of_input[block.path] += block.read
     report.blank_lines += block.blank
@@ -369,7 +374,6 @@ def merge_block(block, duplicates, files, bad_lines, report):
     for where, kind, text in block.bad:
         report.drop(kind, where)
         bad_lines.write(f"{where}: {kind}: {text}\n".encode())
-    kept = duplicates.keep(block, report.dropped)
     for number, (handle, written) in enumerate(files):
         chosen = kept & (block.outputs == number)
         if chosen.any():

@@ -20,14 +20,16 @@ PADDING = 0  # only ever under attention_mask 0 and label -100
 
 
 def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, cache_dir=None):
-    """(train, validation) PretrainDatasets over a .csv/.jsonl with column `text`, split by document with `seed`.
+    """(train, validation) PretrainDatasets over .csv/.jsonl files with column `text`, split by document with `seed`.
 
-    The first call tokenises the file into cache_dir (default: `.cache` beside the file). validation_share: share of the
-    documents; 0 or a file with a single document leaves validation empty (len 0). Raises UserError: bad file, no text
-    in it, max_seq_len beyond the tokens there are, cache folder not writable.
+    path: a file, a folder or a glob pattern (see data_files). The first call tokenises each file into cache_dir (default:
+    `.cache` beside the file). validation_share: share of the documents of each file; 0 or a file with a single document
+    leaves validation empty (len 0). A file's split depends on that file alone: another one beside it moves no document
+    from one part to the other. Raises UserError: bad file, no text in it, max_seq_len beyond the tokens there are, cache
+    folder not writable.
     """
     cache = open_token_cache(path, tokenizer, PretrainEncoding(tokenizer), cache_dir)
-    held_out = _held_out(len(cache.document_ends), validation_share, seed)
+    held_out = _held_out(cache.counts, validation_share, seed)
     train, validation = PretrainDataset(cache, ~held_out, max_seq_len), PretrainDataset(cache, held_out, max_seq_len)
     if train.num_tokens < max_seq_len or max_seq_len < 2:
         way_out = "choose a length between 2 and that, or give it more text"
@@ -38,11 +40,11 @@ def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed
 def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, last_turn_only=False, cache_dir=None):
     """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}.
 
-    They are split by row with `seed`; model.data.conversations.fit_turns says what too long rows lose. Turns behind
+    path: as in open_pretrain_data. They are split by row with `seed`; model.data.conversations.fit_turns says what too long rows lose. Turns behind
     the last answer teach nothing and are not kept. Raises UserError as open_pretrain_data, and when no row is left.
     """
     cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer, max_seq_len), cache_dir)
-    held_out = _held_out(len(cache.row_ends), validation_share, seed)
+    held_out = _held_out(cache.counts, validation_share, seed)
     train, validation = (SFTDataset(cache, part, last_turn_only) for part in (~held_out, held_out))
     if not len(train):
         reasons = "; ".join(cache.report.summary())
@@ -56,11 +58,12 @@ def open_preference_data(
     """(train, validation) PreferenceDatasets over {prompt, chosen, rejected}, a JSON list or one object a line; the prompt is
     a text or a list of messages, and there may be a history.
 
-    They are split by row with `seed`, unless validation_path names a file of its own. Raises UserError as open_sft_data.
+    path, validation_path: as in open_pretrain_data. They are split by row with `seed`, unless validation_path names files of
+    its own. Raises UserError as open_sft_data.
     """
     encoding = PreferenceEncoding(tokenizer, max_seq_len)
     cache = open_token_cache(path, tokenizer, encoding, cache_dir)
-    held_out = _held_out(len(cache.row_ends), 0 if validation_path else validation_share, seed)
+    held_out = _held_out(cache.counts, 0 if validation_path else validation_share, seed)
     train = PreferenceDataset(cache, ~held_out)
     if not len(train):
         reasons = "; ".join(cache.report.summary())
@@ -71,13 +74,15 @@ def open_preference_data(
     return train, PreferenceDataset(cache, held_out)
 
 
-def _held_out(count, share, seed):
-    """Mask [count] of a seeded choice for validation: at least one and not all, unless share is 0 or count 1."""
-    chosen = np.zeros(count, dtype=bool)
-    if share and count > 1:
-        number = min(max(1, round(share * count)), count - 1)
-        chosen[np.random.default_rng((seed, 1)).choice(count, number, replace=False)] = True
-    return chosen
+def _held_out(counts, share, seed):
+    """Mask [sum of counts] of a seeded choice for validation of the rows of each file, whose number is `counts`: at least
+    one and not all, unless share is 0 or the count 1."""
+    masks = [np.zeros(count, dtype=bool) for count in counts]
+    for mask, count in zip(masks, counts):
+        if share and count > 1:
+            number = min(max(1, round(share * count)), count - 1)
+            mask[np.random.default_rng((seed, 1)).choice(count, number, replace=False)] = True
+    return np.concatenate(masks)
 
 
 class PretrainDataset:
@@ -129,7 +134,7 @@ class SFTDataset:
         """part: bool mask [rows of the cache] of those that belong here; rows of which nothing fits are left out."""
         self.cache, self.report, self.fingerprint = cache, cache.report, cache.fingerprint
         self.supervised_from = 2 if last_turn_only else 1
-        self.rows = np.flatnonzero(part & (cache.row_lengths > 0)).astype(np.int32)
+        self.rows = np.flatnonzero(part & (np.asarray(cache.row_lengths) > 0)).astype(np.int32)
         self.lengths = cache.row_lengths[self.rows]
         self.num_tokens = int(self.lengths.sum())
 
@@ -157,7 +162,7 @@ class PreferenceDataset:
     def __init__(self, cache, part):
         """part: bool mask [rows of the cache] of those that belong here; rows of which nothing fits are left out."""
         self.cache, self.report, self.fingerprint = cache, cache.report, cache.fingerprint
-        self.rows = np.flatnonzero(part & (cache.chosen_lengths > 0)).astype(np.int32)
+        self.rows = np.flatnonzero(part & (np.asarray(cache.chosen_lengths) > 0)).astype(np.int32)
         chosen, rejected = cache.chosen_lengths[self.rows], cache.rejected_lengths[self.rows]
         self.lengths, self.num_tokens = np.maximum(chosen, rejected), int(chosen.sum() + rejected.sum())
         self.longer_is_chosen = float(np.mean((np.sign(chosen - rejected) + 1) / 2)) if len(self.rows) else None

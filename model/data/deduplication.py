@@ -10,11 +10,15 @@ import math
 
 import numpy as np
 
+from model.errors import UserError
+
 SHINGLE_CHARACTERS = 5
 MINHASH_SEED = 42
 SIGNATURE_VALUES = 512
 BANDS = 16
-CANDIDATES_OF_A_BAND = 32  # in each run of entries: boilerplate of thousands must not be compared with all of them
+# An entry of a band is one number: the upper 36 bits of its hash, then the document's number.
+DOCUMENT, BAND = np.uint64((1 << 28) - 1), np.uint64((1 << 64) - (1 << 28))
+CANDIDATES_OF_A_BAND = 32  # the first ones: boilerplate of thousands must not be compared with all of them
 DOCUMENTS_AT_ONCE = 512  # bounds the memory that comparing them with their candidates takes
 
 
@@ -62,6 +66,30 @@ def mix(values):
     return values ^ (values >> np.uint64(31))
 
 
+def candidate_pairs(entries, runs):
+    """uint64 [p], sorted: document << 32 | an earlier one, for each document of `entries` and the first
+    CANDIDATES_OF_A_BAND documents of each of its bands. Those are in `runs`, sorted arrays of entries, older documents in
+    earlier arrays; `entries` are sorted too and part of the last one."""
+    pairs, left = [], np.full(len(entries), CANDIDATES_OF_A_BAND)
+    for run in runs:
+        first = np.searchsorted(run, entries & BAND)  # of its band, then up to its own place
+        counts = np.minimum(np.searchsorted(run, entries) - first, left)
+        left -= counts
+        places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        documents = np.repeat(entries & DOCUMENT, counts)
+        pairs.append(documents << np.uint64(32) | run[places] & DOCUMENT)
+    return np.unique(np.concatenate(pairs))
+
+
+def are_similar(bits, others, threshold):
+    """bool [n]: whether the texts with these bits, uint64 [n, 8] twice, are near duplicates: their estimated similarity
+    (1 - 2 * share of bits that differ) is at most one standard error below the threshold. At 0.8 that takes 97 % of the
+    pairs of similarity 0.82 and less than 1 % of those of 0.69."""
+    error = math.sqrt((1 - threshold**2) / SIGNATURE_VALUES)
+    most_differing = (1 - threshold + error) / 2 * SIGNATURE_VALUES
+    return np.bitwise_count(bits ^ others).sum(axis=1, dtype=np.int64) <= most_differing
+
+
 class SortedRuns:
     """Many uniform 64-bit numbers, added a batch at a time, in about 11 bytes each (17 while the largest runs merge).
 
@@ -106,21 +134,14 @@ class DigestSet(SortedRuns):
 
 
 class NearDuplicates:
-    """The signatures of kept documents, 200 bytes each: 64 for the bits, the rest for the bands (measured with 800,000
-    documents: 199, and up to 384 for as long as the largest runs merge).
-
-    An entry of a band is one number: the upper 36 bits of its hash, then the document's number. Two documents are near
-    duplicates whose estimated similarity is at most one standard error below the threshold: at 0.8 that takes 97 % of
-    the pairs of similarity 0.82 and less than 1 % of those of 0.69.
+    """The signatures of documents, 200 bytes each: 64 for the bits, the rest for the bands (measured with 800,000
+    documents: 199, and up to 384 for as long as the largest runs merge). Those of near duplicates too: which documents
+    are compared must not depend on how they come in batches.
     """
 
-    DOCUMENT, BAND = np.uint64((1 << 28) - 1), np.uint64((1 << 64) - (1 << 28))
-
     def __init__(self, threshold):
-        error = math.sqrt((1 - threshold**2) / SIGNATURE_VALUES)  # of 1 - 2 * share of bits that differ
-        self.most_differing = (1 - threshold + error) / 2 * SIGNATURE_VALUES
-        self.entries, self.count = SortedRuns(), 0
-        self.bits = np.empty((0, SIGNATURE_VALUES // 64), np.uint64)
+        self.threshold, self.entries, self.count = threshold, SortedRuns(), 0
+        self.bits, self.kept = np.empty((0, SIGNATURE_VALUES // 64), np.uint64), np.empty(0, bool)
 
     def keep(self, bands, bits):
         """bool [n]: which of the documents with these minhash_signatures are no near duplicate of an earlier kept one,
@@ -130,38 +151,24 @@ class NearDuplicates:
         return np.concatenate([self.keep_some(bands[part], bits[part]) for part in parts])
 
     def keep_some(self, bands, bits):
-        new = np.ones(len(bands), dtype=bool)
-        if self.count + len(bits) > len(self.bits):
-            self.bits.resize((len(self.bits) * 9 // 8 + len(bits), bits.shape[1]), refcheck=False)
-        self.bits[self.count : self.count + len(bits)] = bits
-        for document, other in self.similar_pairs(self.numbered(bands)):
-            if other < self.count or new[other - self.count]:
-                new[document - self.count] = False
-        kept = int(new.sum())
-        self.bits[self.count : self.count + kept] = bits[new]
-        self.entries.insert(self.numbered(bands[new]))
-        self.count += kept
-        return new
-
-    def numbered(self, bands):
-        """Entries [n * 16] of the bands [n, 16] of the next documents."""
-        documents = np.arange(self.count, self.count + len(bands), dtype=np.uint64)
-        return (bands & self.BAND | documents[:, None]).ravel()
-
-    def similar_pairs(self, entries):
-        """[document, an earlier one] of all near duplicates, by document; the documents are those of `entries`."""
-        entries, pairs = np.sort(entries), []  # searching for sorted numbers touches less memory
-        for run in [*self.entries.runs, entries]:
-            first = np.searchsorted(run, entries & self.BAND)  # of its band, then up to its own place
-            counts = np.minimum(np.searchsorted(run, entries) - first, CANDIDATES_OF_A_BAND)
-            places = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-            documents = np.repeat(entries & self.DOCUMENT, counts)
-            pairs.append(documents << np.uint64(32) | run[places] & self.DOCUMENT)
-        pairs = np.unique(np.concatenate(pairs))
-        documents, others = (pairs >> np.uint64(32)).astype(np.int64), (pairs & self.DOCUMENT).astype(np.int64)
-        differing = np.bitwise_count(self.bits[documents] ^ self.bits[others]).sum(axis=1, dtype=np.int64)
-        similar = differing <= self.most_differing
-        return zip(documents[similar].tolist(), others[similar].tolist())
+        first, self.count = self.count, self.count + len(bits)
+        if self.count > DOCUMENT:
+            raise UserError(f"--near_dedup: more than {DOCUMENT:,} documents; take --engine datatrove and more --tasks")
+        if self.count > len(self.bits):
+            size = len(self.bits) * 9 // 8 + len(bits)
+            self.bits.resize((size, bits.shape[1]), refcheck=False)
+            self.kept.resize(size, refcheck=False)
+        self.bits[first : self.count], self.kept[first : self.count] = bits, True
+        documents = np.arange(first, self.count, dtype=np.uint64)
+        entries = np.sort((bands & BAND | documents[:, None]).ravel())  # sorted ones are found touching less memory
+        pairs = candidate_pairs(entries, [*self.entries.runs, entries])
+        documents, others = (pairs >> np.uint64(32)).astype(np.int64), (pairs & DOCUMENT).astype(np.int64)
+        similar = are_similar(self.bits[documents], self.bits[others], self.threshold)
+        for document, other in zip(documents[similar].tolist(), others[similar].tolist()):
+            if self.kept[other]:
+                self.kept[document] = False
+        self.entries.insert(entries)
+        return self.kept[first : self.count].copy()
 
 
 class DuplicateFilter:

@@ -47,6 +47,15 @@ class RowReport:
         """Count a kept row that was changed, such as a history cut short."""
         self.notes[what] += 1
 
+    def add(self, other):
+        """Add the counts of another report, and its places as far as there is room for them."""
+        self.rows, self.bytes_read = self.rows + other.rows, self.bytes_read + other.bytes_read
+        self.dropped.update(other.dropped)
+        self.notes.update(other.notes)
+        for reason, places in other.places.items():
+            known = self.places.setdefault(reason, [])
+            known += places[: PLACES_KEPT - len(known)]
+
     def summary(self):
         """Readable lines: rows kept, then each reason with its count and first places."""
         lines = [f"{self.rows:,} rows read, {self.kept:,} kept"]

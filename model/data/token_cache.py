@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from model.data.conversations import BadRow, fit_turns, training_conversation, training_preference
 from model.data.rows import RowReport, iter_json_rows, iter_records
+from model.data.shards import JoinedCaches
 from model.errors import FULL_DISK, UserError, tell
-from model.files import NOT_WRITABLE, atomic_write, locked, remove_abandoned, sync_directory, unfinished
+from model.files import NOT_WRITABLE, atomic_write, expand_paths, locked, remove_abandoned, sync_directory, unfinished
 from model.tokenizer import ROLES, encode_texts, join_turns, render_conversation, tokenizer_hash
 
 FORMAT_VERSION = 3
@@ -42,7 +43,7 @@ UNUSABLE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError
 class PretrainEncoding:
     """Rows (text) -> tokens `<s> text </s>` of all documents, and document_ends (where each one ends in tokens)."""
 
-    kind, names = "pretrain", ("tokens", "document_ends")
+    kind, names, suffixes = "pretrain", ("tokens", "document_ends"), (".csv", ".jsonl")
 
     def __init__(self, tokenizer):
         self.start, self.end = self.format = [tokenizer.bos_token_id, tokenizer.eos_token_id]
@@ -76,7 +77,7 @@ class SFTEncoding:
     """Conversations, as far as they fit into max_seq_len, -> tokens and mask of join_turns, row_lengths, row_ends. A
     row of which nothing fits has length 0: the split into training and validation counts it."""
 
-    kind, names = "sft", ("tokens", "mask", "row_lengths", "row_ends")
+    kind, names, suffixes = "sft", ("tokens", "mask", "row_lengths", "row_ends"), (".csv", ".jsonl")
 
     def __init__(self, tokenizer, max_seq_len):
         self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
@@ -117,6 +118,7 @@ class PreferenceEncoding(SFTEncoding):
     the longer of the two answers leaves it no room. A row of which nothing fits has lengths 0."""
 
     kind, names = "dpo", ("tokens", "mask", "chosen_lengths", "rejected_lengths", "row_ends")
+    suffixes = (".json", ".jsonl")
 
     def items(self, path, report):
         """Yield ((place, [role of each turn of the prompt]), [their contents, chosen answer, rejected answer])."""
@@ -159,15 +161,17 @@ DTYPES = {np.dtype(kind).str for kind in (np.uint8, np.uint16, np.uint32, np.int
 
 
 class TokenCache:
-    """One cache folder: the arrays that the encoding names, mapped; report (RowReport of the tokenising); fingerprint
-    (hex; the same for the same data, tokenizer and format). Raises one of UNUSABLE for a folder that is none."""
+    """One cache folder: the arrays that the encoding names, mapped; report (RowReport of the tokenising); counts (list: the
+    documents or rows of each file, here one); fingerprint (hex; the same for the same data, tokenizer and format). Raises
+    one of UNUSABLE for a folder that is none."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         _, kind, self.fingerprint = self.folder.name.rsplit("-", 2)
         description = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
         self.report = RowReport.from_dict(description["report"])
-        for name in ENCODINGS[kind].names:
+        self.names = ENCODINGS[kind].names
+        for name in self.names:
             array = description["arrays"][name]
             if array["dtype"] not in DTYPES:
                 raise ValueError(f"{name}: not an array of integers")
@@ -175,6 +179,7 @@ class TokenCache:
             if len(mapped) != array["length"]:
                 raise ValueError(f"{name}: cut, or described wrongly")
             setattr(self, name, np.asarray(mapped))  # a memmap object costs several times as much to index
+        self.counts = [len(getattr(self, self.names[-1]))]
         with contextlib.suppress(OSError):  # in a folder of somebody else
             os.utime(self.folder / "cache.json")  # it is in use
 
@@ -182,26 +187,37 @@ class TokenCache:
         return TokenCache, (self.folder,)  # a spawned worker maps the files itself instead of receiving them
 
 
-def check_data_file(path, kind, flag="--data_path"):
-    """The Path of a data file of a `kind` ("pretrain", "sft" or "dpo"). Raises UserError, saying how to make it, when there is
-    none."""
-    path = Path(path)
-    if not path.is_file():
-        problem = "is no file" if path.exists() else "no such file"
+def data_files(path, kind, flag="--data_path"):
+    """The files of a `kind` ("pretrain", "sft" or "dpo") that `path` names: one file, a folder of them or a glob pattern;
+    sorted by name. Raises UserError, saying how to make one, when there is none."""
+    try:
+        files = expand_paths([path], ENCODINGS[kind].suffixes)
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: {'is no file' if file.exists() else 'no such file'}")
+    except UserError as error:
         make = f"python data_process.py {kind} (of a raw corpus) or python data_process.py demo"
-        raise UserError(f"{path}: {problem}; make it with {make}, or name another with {flag}")
-    return path
+        raise UserError(f"{error}; make it with {make}, or name another with {flag}") from None
+    return files
 
 
 def open_token_cache(path, tokenizer, encoding, cache_dir=None):
-    """The TokenCache of a data file, tokenised now if it is not there yet.
+    """The TokenCache of a data file, or the JoinedCaches of all files that `path` names (see data_files). A file is
+    tokenised now if it has none yet: one that joins a folder, without the others.
 
-    Of processes that call it at once one reads the file; the others wait for its lock, which the system frees when its
+    Of processes that call it at once one reads a file; the others wait for its lock, which the system frees when its
     holder dies. Raises UserError: bad data file, nothing usable in it, cache folder not writable or full.
     """
-    path = check_data_file(path, encoding.kind)
-    cache_dir = Path(cache_dir) if cache_dir else path.parent / ".cache"
     words = tokenizer_hash(tokenizer)
+    files = data_files(path, encoding.kind)
+    caches = [
+        _open_cache(file, tokenizer, words, encoding, Path(cache_dir or file.parent / ".cache")) for file in files
+    ]
+    return caches[0] if len(caches) == 1 else JoinedCaches(caches)
+
+
+def _open_cache(path, tokenizer, words, encoding, cache_dir):
+    """The TokenCache of one file; `words` is the tokenizer_hash."""
 
     def folder(digest):
         deciding = [FORMAT_VERSION, encoding.kind, encoding.format, path.suffixes, digest, words]

@@ -125,6 +125,7 @@ class Trainer:
         loss_function=language_model_loss, strategy=DataParallel,
     ):  # fmt: skip
         self.model, self.stage, self.parent, self.loss_function = model, stage, parent, loss_function
+        ranks.check_same_data(train.fingerprint, validation.fingerprint)
         self.metadata = metadata or {}
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
         self.settings = settings = settings.resolved(self.device, ranks.world_size())

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 
 import torch
 import torch.distributed as dist
@@ -57,17 +58,23 @@ def sum_over_ranks(values):
     return total.tolist()
 
 
+def on_all(action):
+    """What action() gives on this rank. Where it raises UserError on one of them every rank does, so that none waits for the
+    others; only the first of those says why."""
+    result = error = None
+    try:
+        result = action()
+    except UserError as problem:
+        error = problem
+    failed = sum_over_ranks([error is not None and number == rank() for number in range(world_size())])
+    if any(failed):
+        raise error if error and not any(failed[: rank()]) else UserError("")
+    return result
+
+
 def on_main(action):
-    """Run action() on the main rank. Where it raises UserError every rank does, so that none waits for the others; only
-    the main one's says why."""
-    error = None
-    if is_main():
-        try:
-            action()
-        except UserError as problem:
-            error = problem
-    if any(sum_over_ranks([error is not None])):
-        raise error or UserError("")
+    """on_all of an action of the main rank alone."""
+    on_all(lambda: action() if is_main() else None)
 
 
 def gather(value):
@@ -76,3 +83,13 @@ def gather(value):
     if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def check_same_data(*fingerprints):
+    """UserError on every rank, of which the main one says why, unless all of them read the same data."""
+    found = gather((socket.gethostname(), fingerprints))
+    other = next((number for number, (_, theirs) in enumerate(found) if theirs != found[0][1]), None)
+    if other is not None:
+        what = f"rank {other} on {found[other][0]} found other rows than rank 0 on {found[0][0]}: files are missing or differ"
+        way_out = "put the same ones on every machine, or on storage that all of them share"
+        raise UserError(f"--data_path: {what}; {way_out}" if is_main() else "")

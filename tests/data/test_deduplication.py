@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.data.deduplication import DigestSet, DuplicateFilter, NearDuplicates, minhash_signatures, rows_per_band
+from model.errors import UserError
 
 
 @settings(deadline=None, max_examples=100)
@@ -119,6 +120,24 @@ def test_candidates_share_a_band_and_are_judged_by_their_bits():
     assert near.keep(*signatures(([8], 510), ([8], 511))).tolist() == [True, False]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_the_first_documents_of_a_band_are_compared_in_whatever_batches_they_come(monkeypatch, size):
+    monkeypatch.setattr("model.data.deduplication.CANDIDATES_OF_A_BAND", 2)
+    near, kept = NearDuplicates(0.8), []
+    documents = ([1], 0), ([1], 200), ([1], 400), ([1], 401), ([1], 1)
+    for start in range(0, len(documents), size):
+        kept += near.keep(*signatures(*documents[start : start + size])).tolist()
+    assert kept == [True, True, True, True, False]
+
+
+def test_more_documents_than_an_entry_can_number(monkeypatch):
+    monkeypatch.setattr("model.data.deduplication.DOCUMENT", np.uint64(3))
+    near = NearDuplicates(0.8)
+    assert near.keep(*signatures(([1], 0), ([2], 200))).all()
+    with pytest.raises(UserError, match="--near_dedup: more than 3 documents; take --engine datatrove"):
+        near.keep(*signatures(([3], 0), ([4], 200)))
+
+
 def test_near_duplicates_of_thousands_of_documents_are_found():
     generator, near = np.random.default_rng(0), NearDuplicates(0.8)
     bands = generator.integers(0, 2**64 - 1, (3000, 16), dtype=np.uint64)
@@ -127,8 +146,8 @@ def test_near_duplicates_of_thousands_of_documents_are_found():
         assert near.keep(bands[part], bits[part]).all()
     others = generator.integers(0, 2**64 - 1, (3000, 16), dtype=np.uint64)
     others[:, 3] = bands[:, 3]
-    assert not near.keep(others, bits).any() and near.count == 3000
-    assert sum(run.nbytes for run in near.entries.runs) == 8 * 16 * 3000 and near.bits.nbytes < 80 * 6000
+    assert not near.keep(others, bits).any() and near.count == 6000  # what decides on later ones stays
+    assert sum(run.nbytes for run in near.entries.runs) == 8 * 16 * 6000 and near.bits.nbytes < 80 * 6000
 
 
 def test_boilerplate_does_not_hide_a_duplicate():

@@ -317,7 +317,7 @@ def test_workers_get_the_folder_not_the_tokens(tmp_path):
 def test_a_data_file_that_is_not_there_is_to_be_made(tmp_path, name, encoding):
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "circle.csv").symlink_to("circle.csv")
-    problem = "is no file" if name == "folder.csv" else "no such file"
+    problem = "no .* file in this folder" if name == "folder.csv" else "no such file"
     make = f"make it with python data_process.py {encoding.kind} .*python data_process.py demo, .*--data_path"
     with pytest.raises(UserError, match=f"^{tmp_path}/{name}: {problem}; {make}"):
         open_token_cache(tmp_path / name, TOKENIZER, encoding)
