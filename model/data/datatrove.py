@@ -202,9 +202,7 @@ def near_pairs(job, part):
     """uint64 [p, 2]: the keys of a document and of an earlier one that is like it, of those that share a band of this part."""
     bands, rows = shared(job, "band", part)
     keys = of_all_tasks(job, "keys")[rows]
-    if (
-        job.dedup
-    ):  # exact duplicates are not there to be compared; as they have all bands in common, the first is here too
+    if job.dedup:  # exact duplicates are not compared; having all bands in common, their first one is here too
         first = are_first(keys, of_all_tasks(job, "digests")[rows])
         bands, rows, keys = bands[first], rows[first], keys[first]
     keys, places, numbers = np.unique(keys, return_index=True, return_inverse=True)
