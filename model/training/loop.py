@@ -49,7 +49,7 @@ def start(settings):
     if settings.local_rank is not None:  # from an older launcher than torchrun, which says it by the environment
         os.environ.setdefault("LOCAL_RANK", str(settings.local_rank))
     device = select_device(settings.device)
-    ranks.initialise(device)
+    ranks.initialise(device, settings.rendezvous_timeout)
     resume.seed_generators(settings.seed)
     return device
 
@@ -159,11 +159,15 @@ class Trainer:
         """One line: rows, what a step is, how many of them."""
         settings, train, validation = self.settings, self.train_loader.dataset, self.validation_loader.dataset
         total = f"{self.schedule.total_steps:,} in all" if self.schedule.total_steps < math.inf else "as many as fit"
+        parts = {"forward passes": settings.accumulation_steps, "rows of each": settings.batch_size}
+        if ranks.world_size() > 1:
+            parts["processes"] = ranks.world_size()
+        rows, numbers = math.prod(parts.values()), " x ".join(map(str, parts.values()))
         limit = f", at most {settings.max_minutes:g} minutes of training" if settings.max_minutes else ""
         return (
-            f"data: {len(train):,} rows to train on, {len(validation):,} to validate; a step is "
-            f"{settings.accumulation_steps} x {settings.batch_size * ranks.world_size()} rows of up to "
-            f"{self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an epoch, {total}{limit}"
+            f"data: {len(train):,} rows to train on, {len(validation):,} to validate; a step is {numbers} = {rows} rows "
+            f"({' x '.join(parts)}) of up to {self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an "
+            f"epoch, {total}{limit}"
         )
 
     def measure(self, batch):

@@ -1,5 +1,6 @@
 """The ranks of a run: the same code for one process and under torchrun."""
 
+import datetime
 import gc
 import os
 
@@ -7,6 +8,10 @@ import torch
 import torch.distributed as dist
 
 from model.errors import UserError, say
+
+# How long a rank waits for the others once all have come. One may be at work alone for long, tokenising on a machine of its
+# own for one; a process that ends is noticed at once: its connections close, and its launcher ends the rest.
+LONGEST_WAIT = datetime.timedelta(minutes=30)
 
 
 def rank():
@@ -30,14 +35,43 @@ def print_once(text):
         say(text)
 
 
-def initialise(device):
+def initialise(device, timeout=60):
     """Join the process group when torchrun (or anything else that sets WORLD_SIZE above 1) started several ranks.
 
     Gradients travel by NCCL where they lie on GPUs; the few numbers that the loop counts with are on the host and go by
-    gloo, so that no rank waits for its GPU to learn them.
+    gloo, so that no rank waits for its GPU to learn them. Raises UserError when the others do not come within `timeout`
+    seconds, or there is no place to meet them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = meet(datetime.timedelta(seconds=timeout))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+
+
+def meet(timeout):
+    """(store, rank, world size) once all ranks have come to the store at MASTER_ADDR and MASTER_PORT; for UserErrors see
+    initialise."""
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    limit = f"within {timeout.total_seconds():g} s (--rendezvous_timeout)"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        arrivals = [f"arrived/{rank}" for rank in range(size)]
+        store.set(arrivals[rank], "")
+        store.wait(arrivals, timeout)
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {error}; start with torchrun") from None
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT: {place} is in use; choose another port") from None
+        raise UserError(
+            f"no process of rank 0 at {place} {limit}; start it, or see whether a firewall is between"
+        ) from None
+    except dist.DistStoreError:
+        raise UserError(
+            f"not all {os.environ['WORLD_SIZE']} processes came to {place} {limit}; start the others"
+        ) from None
+    store.set_timeout(LONGEST_WAIT)
+    return store, rank, size
 
 
 def shut_down():
