@@ -3,6 +3,8 @@
 import datetime
 import gc
 import os
+import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -43,35 +45,49 @@ def initialise(device, timeout=60):
     seconds, or there is no place to meet them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        store, rank, size = meet(datetime.timedelta(seconds=timeout))
+        store, rank, size = meet(timeout)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
 
 
 def meet(timeout):
-    """(store, rank, world size) once all ranks have come to the store at MASTER_ADDR and MASTER_PORT; for UserErrors see
-    initialise."""
-    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    limit = f"within {timeout.total_seconds():g} s (--rendezvous_timeout)"
+    """(store, rank, world_size) once all ranks have come to the store at MASTER_ADDR and MASTER_PORT, within `timeout` seconds;
+    for UserErrors see initialise."""
+    size, limit = os.environ["WORLD_SIZE"], f"within {timeout:g} s (--rendezvous_timeout)"
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    except (KeyError, ValueError) as error:
+        problem = f"MASTER_ADDR, MASTER_PORT or RANK is missing or wrong ({error})"
+        raise UserError(f"WORLD_SIZE is {size}, and {problem}; torchrun sets them all") from None
+    end, patience = time.monotonic() + timeout, datetime.timedelta(seconds=timeout)
+    while rank and not listens(address, port):  # torch itself would try for several times its limit
+        if time.monotonic() > end:
+            raise UserError(
+                f"no process of rank 0 at {address}:{port} {limit}; start it, or look for a firewall between"
+            )
+        time.sleep(0.2)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
         arrivals = [f"arrived/{rank}" for rank in range(size)]
         store.set(arrivals[rank], "")
-        store.wait(arrivals, timeout)
-    except ValueError as error:
-        raise UserError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {error}; start with torchrun") from None
+        store.wait(arrivals, patience)
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(f"MASTER_PORT: {place} is in use; choose another port") from None
-        raise UserError(
-            f"no process of rank 0 at {place} {limit}; start it, or see whether a firewall is between"
-        ) from None
+        if rank == 0 and "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT {port} is in use on this machine; choose another") from None
+        raise UserError(f"{address}:{port} is no place where processes meet ({error}); choose another port") from None
     except dist.DistStoreError:
-        raise UserError(
-            f"not all {os.environ['WORLD_SIZE']} processes came to {place} {limit}; start the others"
-        ) from None
+        raise UserError(f"not all {size} processes came to {address}:{port} {limit}; start the others") from None
     store.set_timeout(LONGEST_WAIT)
     return store, rank, size
+
+
+def listens(address, port):
+    """Whether anything accepts connections there."""
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def shut_down():

@@ -640,7 +640,13 @@ def test_open_batch_size_means_64_rows_a_step():
         settings = TrainingSettings(**given).resolved(torch.device(kind), ranks)
         return settings.batch_size, settings.accumulation_steps
 
-    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (8, 2) and sizes("cuda", 1) == (64, 1)
+    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (2, 8)
+    assert sizes("cuda", 1) == (64, 1) and sizes("cuda", 2) == (32, 1) and sizes("cuda", 64) == (1, 1)
+    assert sizes("cpu", 2, accumulation_steps=3) == (4, 3)
+    assert sizes("cuda", 3, batch_size=20) == (20, 1)  # what is given is each process's own
+    for kind, number, rows in (("cpu", 16, 8), ("cuda", 3, 64)):
+        with pytest.raises(UserError, match=f"{rows} rows .* shared evenly by {number} processes; give --batch_size"):
+            sizes(kind, number)
     assert sizes("cpu", 1, batch_size=3) == (3, 1) and sizes("cpu", 1, accumulation_steps=2) == (8, 2)
 
 
