@@ -43,6 +43,7 @@ EXTRA = {
     "benchmarks/context_length.py": ["--tokens", "256"],
     "benchmarks/kill_and_resume.py": ["--kills", "1"],
     "benchmarks/held_out_split.py": ["--documents", "80", "--epochs", "1"],
+    "benchmarks/scaling.py": ["--preset", "minimind-tiny", "--steps", "1", "--batch_size", "2", "--max_seq_len", "16"],
 }
 FIND_CHECKPOINTS = ("0-eval_pretrain.py", "2-eval.py", "eval_ceval.py", "export_model.py")
 LEFT_OUT = ("--compile",)  # takes minutes

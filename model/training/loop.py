@@ -434,7 +434,7 @@ class Trainer:
 
     def report(self, window):
         """One line and one record on the steps since the last report."""
-        state, load = self.state, self.model.expert_load()
+        state, load = self.state, self.expert_load()
         loss, bits_per_byte = mean_loss(window)
         record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
         record.update(self.further_numbers())
@@ -450,8 +450,17 @@ class Trainer:
             left = min(steady * (self.schedule.total_steps - state.step), self.schedule.seconds - state.train_seconds)
             record["seconds_left"] = max(0.0, round(left, 1))
         if load is not None:
-            record["expert_load"] = [round(share, 4) for share in load.tolist()]
+            record["expert_load"] = [round(share, 4) for share in load.mean(dim=0).tolist()]
+            record["least_expert_load"] = round(load.min().item(), 4)  # what starves in one layer hides in the mean
         self.log.write(step_line(record, self.step_of_total), **record)
+
+    def expert_load(self):
+        """Share [L, E] of the last micro-batch's routing choices that each expert got in each layer, over all ranks; None
+        when dense."""
+        load = self.model.expert_load()
+        if load is None:
+            return None
+        return torch.tensor(ranks.sum_over_ranks(load.flatten().tolist())).view_as(load) / ranks.world_size()
 
     @torch.no_grad()
     def validate(self):
