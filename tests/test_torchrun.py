@@ -53,7 +53,8 @@ sys.addaudithook(written)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    open(f"{folder}/{os.environ['RANK']}.json", "w").write(json.dumps(seen))
+    text = json.dumps(seen)
+    open(f"{folder}/{os.environ['RANK']}.json", "w").write(text)
 """
 # Runs a script of which rank 1 fails in its third step.
 FAILING = """
@@ -181,7 +182,8 @@ def test_two_ranks_are_one_process_and_each_does_its_part_alone(
 
 def test_the_default_step_is_that_of_one_process(run, flags, tmp_path, sft_csv, pretrain_csv):
     good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1))
-    flags = [word for word in flags if word not in ("--batch_size", "4")]
+    position = flags.index("--batch_size")
+    flags = flags[:position] + flags[position + 2 :]
     words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--epochs", 3]
     words += ["--init_from", tmp_path / "out/pretrain_32.pth"]
     assert "a step is 8 x 8 = 64 rows" in good(run(*replaced(words, "--out_dir", tmp_path / "alone")))
