@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -272,3 +273,51 @@ def test_what_both_ranks_meet_one_tells(flags, word, part):
     ours, _, torchruns = process.stderr.partition("Traceback")
     assert ours.count("error: ") == 1 and ours.count("usage: ") == word.startswith("--seed") and part in ours, ours
     assert "ChildFailedError" in torchruns and "[rank" not in process.stderr
+
+
+# ---- several machines
+
+SRUN = """#!/bin/bash
+# Slurm's srun for two machines, both this one.
+while [[ $1 == --* ]]; do shift; done
+"$@" > first.txt 2>&1 & first=$!
+"$@" > second.txt 2>&1 & second=$!
+wait $first && wait $second
+"""
+SCONTROL = """#!/bin/bash
+[[ $* == "show hostnames node[1-2]" ]] && echo 127.0.0.1 && echo 127.0.0.1
+"""
+
+
+def test_the_slurm_script_trains_on_two_machines_as_one_process(run, flags, tmp_path, pretrain_csv):
+    words = ["1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 6, "--accumulation_steps", 2]
+    good(run(*replaced(words, "--out_dir", tmp_path / "alone")))
+    folder, command = tmp_path / "submitted", [Path(sys.executable), "-m", "torch.distributed.run"]
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("1-pretrain.py", "model", "requirements.txt"):
+        (folder / name).symlink_to(ROOT / name)
+    programs = dict(srun=SRUN, scontrol=SCONTROL, torchrun=f'#!/bin/bash\nexec {" ".join(map(str, command))} "$@"\n')
+    for name, text in programs.items():
+        (folder / ".venv/bin" / name).write_text(text)
+        (folder / ".venv/bin" / name).chmod(0o755)
+    (folder / ".venv/bin/activate").write_text(f"PATH={folder / '.venv/bin'}:$PATH\n")
+    slurm = dict(SLURM_SUBMIT_DIR=folder, SLURM_JOB_NODELIST="node[1-2]", SLURM_NNODES=2, SLURM_GPUS_ON_NODE=1)
+    slurm["SLURM_JOB_ID"] = free_port() - 20000
+    process = subprocess.run(
+        ["bash", str(ROOT / "docs/slurm_pretrain.sh"), *map(str, replaced(words, "--batch_size", 2)[1:])],
+        cwd=tmp_path, env={**ENVIRONMENT, **{name: str(value) for name, value in slurm.items()}},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    texts = [(folder / f"{name}.txt").read_text() for name in ("first", "second")]
+    assert process.returncode == 0, process.stderr + "".join(texts)
+    assert sorted(text.count("a step is 2 x 2 x 2 = 8 rows") for text in texts) == [0, 1]
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
+
+
+def test_every_line_of_the_slurm_script_for_slurm_is_an_option_of_sbatch():
+    lines = (ROOT / "docs/slurm_pretrain.sh").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").split("=") for line in lines if line.startswith("#SBATCH"))
+    assert options["nodes"] == "2" and options["ntasks-per-node"] == "1" and options["signal"].startswith("TERM@")
+    assert options.keys() <= {
+        "job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "output",
+    }  # fmt: skip

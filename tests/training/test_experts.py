@@ -45,5 +45,4 @@ def test_with_the_balance_loss_no_expert_gets_under_half_its_share_without_it_so
         last = [record for record in records(run) if "loss" in record][-1]
         assert last["least_expert_load"] == pytest.approx(least[alpha], abs=0.03)
         assert last["expert_load"] == pytest.approx(load.mean(dim=0).tolist(), abs=0.03)
-    print(least)
     assert least[0.01] > fair / 2 > least[0.0]
