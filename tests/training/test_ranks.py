@@ -144,3 +144,15 @@ def test_ranks_that_have_met_wait_longer_for_each_other(meet, monkeypatch):
     assert (rank, size) == (0, 2) and store.timeout == ranks.LONGEST_WAIT
     store.set("end", "")
     assert other.wait(timeout=60) == 0
+
+
+def test_torchruns_own_store_is_there_before_the_others_come(meet, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for rank in (0, 1):
+        other = f"arrived/{1 - rank}"
+        with pytest.raises(UserError, match="not all 2 processes came to"):
+            meet(rank, store.port)
+        assert not store.check([other])
+        store.delete_key(f"arrived/{rank}")
