@@ -1,9 +1,10 @@
-"""The pictures of README.md: the structure of a preset, drawn from its configuration, loss curves, drawn from logs, and how
-servers do under load, drawn from what benchmarks/serving.py measured.
+"""The pictures of README.md: the structure of a preset, drawn from its configuration; curves of the loss and of what each
+expert has to do, drawn from logs; how servers do under load, drawn from what benchmarks/serving.py measured.
 
 python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
 python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
 python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
+python images/draw.py experts --logs out/logs/pretrain_512_moe.jsonl --output images/experts.png
 python images/draw.py serving --results out/serving.json --output images/serving.png
 """
 
@@ -27,10 +28,12 @@ def parse_arguments():
     model = commands.add_parser("model", help="structure of a preset")
     model.add_argument("--preset", default="minimind-v1-small")
     curves = commands.add_parser("curves", help="training and validation loss of one or more runs")
-    curves.add_argument("--logs", nargs="+", required=True, help="files of out/logs, left to right")
+    experts = commands.add_parser("experts", help="share of the tokens that each expert got in one or more runs")
+    for command in (curves, experts):
+        command.add_argument("--logs", nargs="+", required=True, help="files of out/logs, left to right")
     serving = commands.add_parser("serving", help="tokens per second and time to first token by number of clients")
     serving.add_argument("--results", required=True, help="the JSON line of benchmarks/serving.py, in a file")
-    for command in (model, curves, serving):
+    for command in (model, curves, experts, serving):
         command.add_argument("--output", required=True, help="the .png to write")
     return parser.parse_args()
 
@@ -41,8 +44,11 @@ def main():
 
     matplotlib.use("Agg")
     drawings = dict(
-        model=lambda: draw_model(args.preset), curves=lambda: draw_curves(args.logs), serving=lambda: draw_serving(args.results)
-    )  # fmt: skip
+        model=lambda: draw_model(args.preset),
+        curves=lambda: draw_curves(args.logs),
+        experts=lambda: draw_experts_at_work(args.logs),
+        serving=lambda: draw_serving(args.results),
+    )
     figure = drawings[args.command]()
     with atomic_write(args.output) as handle:
         figure.savefig(handle, format="png", dpi=110, bbox_inches="tight")
@@ -155,20 +161,9 @@ def draw_experts(axes, config):
 def draw_curves(logs):
     """One panel per log: training loss of every report, validation loss as dots with their bits per byte; of a log on pairs
     of answers, which has none, accuracy and margin too."""
-    import matplotlib.pyplot as pyplot
-
-    columns = min(3, len(logs))
-    rows = math.ceil(len(logs) / columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
-    for axes in panels.flat[len(logs) :]:
-        axes.remove()
-    for axes, path in zip(panels.flat, logs):
-        try:
-            records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a training log ({error})") from None
-        if not any("loss" in record for record in records):
-            raise UserError(f"{path}: no step in it yet")
+    figure, panels = panels_of(logs)
+    for axes, path in zip(panels, logs):
+        records = read_log(path)
         lines = draw_numbers(axes, records, "loss", "loss", "C0")
         for record in held_out_ends(records):
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
@@ -217,6 +212,52 @@ def draw_serving(path):
     figure.suptitle(machine, fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def draw_experts_at_work(logs):
+    """One panel per log of a mixture of experts: each expert's share of the routing choices, mean over layers, and the least
+    that any had in any layer, beside the share that would be fair and half of it."""
+    figure, panels = panels_of(logs)
+    for axes, path in zip(panels, logs):
+        records = [record for record in read_log(path) if "least_expert_load" in record]
+        if not records:
+            raise UserError(f"{path}: nothing about experts in it, the log of a dense model or an older one")
+        steps, loads = [record["step"] for record in records], [record["expert_load"] for record in records]
+        for number, shares in enumerate(zip(*loads)):
+            axes.plot(steps, shares, linewidth=1, label=f"expert {number}")
+        least = [record["least_expert_load"] for record in records]
+        axes.plot(steps, least, "k--", linewidth=1, label="least in a layer")
+        fair = 1 / len(loads[0])
+        axes.axhline(fair, color=EDGE, linewidth=0.6)
+        axes.axhline(fair / 2, color=EDGE, linewidth=0.6, linestyle=":")
+        axes.set(title=Path(path).stem, xlabel="optimizer step", ylabel="share of the routing choices", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def panels_of(logs):
+    """(figure, a panel for each log), three in a row."""
+    import matplotlib.pyplot as pyplot
+
+    columns = min(3, len(logs))
+    rows = math.ceil(len(logs) / columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 3.8 * rows), squeeze=False)
+    for axes in panels.flat[len(logs) :]:
+        axes.remove()
+    return figure, panels.flat[: len(logs)]
+
+
+def read_log(path):
+    """The records of a training log, which has a step at least."""
+    try:
+        records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a training log ({error})") from None
+    if not any("loss" in record for record in records):
+        raise UserError(f"{path}: no step in it yet")
+    return records
 
 
 def draw_numbers(axes, records, name, title, color):

@@ -5,7 +5,9 @@ import model.errors  # noqa: F401  # before all else: from here on Ctrl-C ends a
 # isort: split
 import argparse
 import dataclasses
+import sys
 
+from model.errors import first_to_fail
 from model.settings import (
     DataSettings,
     InferenceSettings,
@@ -16,9 +18,18 @@ from model.settings import (
 )
 
 
+class ScriptParser(argparse.ArgumentParser):
+    """An ArgumentParser that tells wrong usage once, however many processes a launcher has given it to."""
+
+    def error(self, message):
+        if not first_to_fail():
+            sys.exit(2)
+        super().error(message)
+
+
 def script_parser(description):
-    """An ArgumentParser whose --help begins with a script's docstring as it stands."""
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A ScriptParser whose --help begins with a script's docstring as it stands."""
+    return ScriptParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_flags(parser, settings, title, leave_out=(), **defaults):

@@ -16,7 +16,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def select_device(flag="auto"):
     """The torch.device that --device means: "auto" takes CUDA, else Apple's MPS, else the CPU.
 
-    Under torchrun a bare "cuda" becomes this rank's own GPU. Raises UserError for a device that is not there.
+    Under torchrun a bare "cuda" becomes this rank's own GPU. Raises UserError for a device that is not there, or not one for
+    each process of this machine.
     """
     if flag in (None, "auto"):
         flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -26,10 +27,18 @@ def select_device(flag="auto"):
         raise UserError(f"--device {flag}: not a device; use auto, cpu, cuda, cuda:N or mps", exit_code=2) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {flag}: not supported; use auto, cpu, cuda, cuda:N or mps", exit_code=2)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if processes > 1 and (device.type == "mps" or (device.type == "cuda" and device.index is not None)):
+        raise UserError(f"--device {flag}: is one device for {processes} processes; use --device cuda or --device cpu")
     if device.type == "cuda":
         index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if 0 < found < processes:
+            way_out = f"start at most {found}, or give --device cpu"
+            raise UserError(
+                f"--nproc_per_node {processes}: a process needs a GPU of its own, here are {found}; {way_out}"
+            )
+        if index >= found:
             raise UserError(f"--device {flag}: {found} CUDA devices found; use --device cpu")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)

@@ -9,10 +9,12 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SCRIPTS = Path(__file__).resolve().parent.parent
+OTHERS_END_WITHIN = 2  # seconds in which a launcher other than torchrun ends the processes beside one that failed
 
 
 class UserError(Exception):
@@ -40,12 +42,36 @@ def run_main(main):
     except BaseException as error:
         line, code = describe(error)
         if line is None:
+            first_to_fail()  # what the others meet follows from this
             raise
         finish_stdout()
         if line and not isinstance(error, BrokenPipeError):  # the reader, `head` for one, has seen enough
-            with contextlib.suppress(OSError):
-                print(f"error: {line}", file=sys.stderr)
+            tell_error(line)
     sys.exit(code)
+
+
+def tell_error(line):
+    """The one line on stderr about what ended the run; of processes that train together, that of the first to fail."""
+    if first_to_fail():
+        with contextlib.suppress(OSError):
+            print(f"error: {line}", file=sys.stderr)
+
+
+def first_to_fail():
+    """Whether no other process that a launcher started beside this one has failed before: where all meet the same error, or
+    lose the one that met it, one of them tells."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(OTHERS_END_WITHIN)
+        return True
+    try:  # torchrun gives each process a folder of its own in one of the whole launch
+        (Path(error_file).parents[1] / "failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a full disk: better told twice than never
+    return True
 
 
 def describe(error):
@@ -57,6 +83,10 @@ def describe(error):
     if isinstance(error, OSError) and error.errno is not None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         return f"{names}: {error.strerror}" if names else error.strerror, 1
+    if lost_process(error):
+        problem = "another process of this run has ended; its own error stands above, or in its machine's output"
+        way_on = command_line("--resume", without={"--overwrite": 0})
+        return f"{problem}; what was saved last is intact, to go on from there: {way_on}", 1
     if is_out_of_memory(error):
         return "out of memory; end other programs, or choose a smaller model, batch or context", 1
     if isinstance(error, ModuleNotFoundError) and (package := requirement(error.name)):
@@ -70,6 +100,12 @@ def is_out_of_memory(error):
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
+
+
+def lost_process(error):
+    """Whether `error` is how torch.distributed tells that another process is gone (its classes are not imported here; gloo
+    has none)."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
 
 
 def interrupted(error):
@@ -106,7 +142,7 @@ def leave_early(kind, error, trace):
     line, code = describe(error)
     if line is None:
         return sys.__excepthook__(kind, error, trace)
-    print(f"error: {line}", file=sys.stderr)
+    tell_error(line)
     sys.exit(code)
 
 
@@ -179,6 +215,14 @@ def command_line(*extra, without=()):
         elif not equals:
             for _ in range(without[left_out]):
                 next(rest, None)
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc_per_node", ranks]
-    return shlex.join([*launcher, *words, *(flag for flag in extra if flag not in words)])
+    return shlex.join([*launcher(), *words, *(flag for flag in extra if flag not in words)])
+
+
+def launcher():
+    """The words before the script's name that start this run again: those for one of several machines end with "...", for
+    where they meet is not known here."""
+    ranks, here = (os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks in (None, "1"):
+        return ["python"]
+    machines = [] if here in (None, ranks) else ["--nnodes", os.environ.get("GROUP_WORLD_SIZE", "2"), "..."]
+    return ["torchrun", "--nproc_per_node", here or ranks, *machines]

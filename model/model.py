@@ -371,10 +371,10 @@ class Transformer(PreTrainedModel, GenerationMixin):
         self.output = value
 
     def expert_load(self):
-        """Share [E] of the last forward pass's routing choices that each expert got, mean over layers; None if dense."""
+        """Share [L, E] of the last forward pass's routing choices that each expert got in each layer; None if dense."""
         if not self.config.use_moe:
             return None
-        return torch.stack([layer.feed_forward.gate.expert_load for layer in self.layers]).mean(dim=0)
+        return torch.stack([layer.feed_forward.gate.expert_load for layer in self.layers])
 
     def forward(
         self, input_ids=None, attention_mask=None, labels=None, kv_cache=None, position_ids=None,

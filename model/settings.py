@@ -106,7 +106,9 @@ class TrainingSettings(Checked):
     stop_after: int = flag(
         None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP"
     )
-    batch_size: int = flag(None, "rows per forward pass (default: 64 on a GPU, 8 elsewhere)", int, least=1)
+    batch_size: int = flag(
+        None, "rows per forward pass of a process (default: 64 on a GPU, 8 elsewhere, over all processes)", int, least=1
+    )
     accumulation_steps: int = flag(
         None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
     )
@@ -123,6 +125,9 @@ class TrainingSettings(Checked):
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
+    rendezvous_timeout: float = flag(
+        60.0, "seconds to wait at the start for the other processes, if there are any (default: {default})", least=0.1
+    )
     dtype: str = flag(
         "auto",
         "of matrix products; auto: bfloat16 where it is native, else float16 on CUDA, float32 elsewhere",
@@ -143,12 +148,20 @@ class TrainingSettings(Checked):
     wandb_run_name: str = flag(None, "default: stage and dim", str)
 
     def resolved(self, device, world_size):
-        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when
-        --batch_size is not given), Muon's learning rate."""
+        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is
+        given), Muon's learning rate.
+
+        However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
+        UserError where they cannot be shared evenly.
+        """
         batch_size, accumulation = self.batch_size, self.accumulation_steps
         if batch_size is None:
-            batch_size = 64 if device.type == "cuda" else 8
-            accumulation = accumulation or max(1, 64 // (batch_size * world_size))
+            rows = 64 if device.type == "cuda" else 8
+            if rows % world_size:
+                problem = f"the {rows} rows of a forward pass cannot be shared evenly by {world_size} processes"
+                way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
+                raise UserError(f"--batch_size: {problem}; {way_out}")
+            batch_size, accumulation = rows // world_size, accumulation or 64 // rows
         muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
         return dataclasses.replace(
             self, batch_size=batch_size, accumulation_steps=accumulation or 1, muon_learning_rate=muon

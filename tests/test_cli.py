@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT, assert_one_line_error, run_script
+from model import errors
 from model.build import explicit_fields
 from model.cli import add_inference_flags, add_training_flags, from_flags, training_settings
 from model.errors import UserError, command_line, run_main, tell, warn
@@ -346,6 +347,11 @@ def test_command_line_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--resume"])
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command_line() == "torchrun --nproc_per_node 4 1-pretrain.py --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command_line() == "torchrun --nproc_per_node 4 1-pretrain.py --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert command_line() == "torchrun --nproc_per_node 2 --nnodes 2 ... 1-pretrain.py --resume"
     monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
     assert "resume()" in command_line("--resume") and "ipykernel" not in command_line("--resume")
 
@@ -358,6 +364,39 @@ def test_a_warning_is_one_line_of_one_rank(monkeypatch, capsys):
     monkeypatch.delenv("RANK")
     warn("alone")
     assert capsys.readouterr().err == "warning: alone\n"
+
+
+def test_of_processes_that_fail_together_the_first_tells(monkeypatch, tmp_path, capsys):
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    for rank, shown in (("1", "error: no room\n"), ("0", "")):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / rank / "error.json"))
+        errors.tell_error("no room")
+        assert capsys.readouterr().err == shown
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert errors.first_to_fail()  # nothing can be noted: it is told
+
+
+def test_another_launcher_has_time_to_end_the_rest(monkeypatch):
+    waited = []
+    monkeypatch.setattr(errors.time, "sleep", waited.append)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert errors.first_to_fail()
+    assert waited == [errors.OTHERS_END_WITHIN]
+
+
+def test_a_lost_process_is_one_line_with_the_way_on(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["1-pretrain.py", "--overwrite"])
+    for name, message in (
+        ("DistBackendError", "NCCL error"),
+        ("RuntimeError", "[/src/gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
+    ):
+        line, code = errors.describe(type(name, (RuntimeError,), {})(message))
+        assert code == 1 and "another process of this run has ended" in line
+        assert line.endswith("python 1-pretrain.py --resume")
+    assert errors.describe(RuntimeError("a bug")) == (None, 1)
 
 
 def test_importing_the_flags_is_light():

@@ -15,6 +15,34 @@ def test_wrong_device_is_one_line(flag, code):
     assert caught.value.exit_code == code
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """torch finds two GPUs, and four processes of this machine want one each."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+
+@pytest.mark.parametrize("flag", ["auto", "cuda"])
+def test_more_processes_than_gpus_are_one_line_in_each_of_them(two_gpus, monkeypatch, flag):
+    with pytest.raises(UserError, match="--nproc_per_node 4: .* here are 2; start at most 2, or give --device cpu"):
+        device.select_device(flag)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.select_device(flag) == torch.device("cuda", 1)
+
+
+def test_one_device_is_not_for_several_processes(two_gpus, monkeypatch):
+    for flag in ("cuda:1", "mps"):
+        with pytest.raises(UserError, match=f"--device {flag}: is one device for 4 processes"):
+            device.select_device(flag)
+    assert device.select_device("cpu") == torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert device.select_device("cuda:1") == torch.device("cuda", 1)
+
+
 def test_dtype_names():
     cpu = torch.device("cpu")
     assert device.select_dtype("float16", cpu) == torch.float16

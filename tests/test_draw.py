@@ -44,6 +44,32 @@ def curves(tmp_path, *logs):
     return runpy.run_path(str(ROOT / "images" / "draw.py"))["draw_curves"](paths)
 
 
+def test_experts_at_work(tmp_path):
+    from matplotlib import pyplot
+
+    from model.errors import UserError
+
+    draw = runpy.run_path(str(ROOT / "images" / "draw.py"))["draw_experts_at_work"]
+    path = tmp_path / "log.jsonl"
+    records = [
+        dict(step=0, validation_loss=6.0),
+        dict(step=1, loss=6.0, expert_load=[0.5, 0.25, 0.25], least_expert_load=0.2),
+        dict(step=9, loss=5.0, expert_load=[0.3, 0.4, 0.3], least_expert_load=0.1),
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    figure = draw([path])
+    lines = list(figure.axes[0].lines)
+    assert {line.get_label(): line.get_xydata().tolist() for line in lines[:4]} == {
+        "expert 0": [[1, 0.5], [9, 0.3]], "expert 1": [[1, 0.25], [9, 0.4]], "expert 2": [[1, 0.25], [9, 0.3]],
+        "least in a layer": [[1, 0.2], [9, 0.1]],
+    }  # fmt: skip
+    assert [line.get_ydata()[0] for line in lines[4:]] == pytest.approx([1 / 3, 1 / 6])
+    pyplot.close(figure)
+    path.write_text(json.dumps(dict(step=1, loss=6.0)))
+    with pytest.raises(UserError, match="log.jsonl: nothing about experts"):
+        draw([path])
+
+
 TOKENS = [
     dict(step=0, validation_loss=6.0, validation_bits_per_byte=3.0),
     dict(step=1, loss=6.0, bits_per_byte=3.0),

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -43,6 +44,7 @@ EXTRA = {
     "benchmarks/context_length.py": ["--tokens", "256"],
     "benchmarks/kill_and_resume.py": ["--kills", "1"],
     "benchmarks/held_out_split.py": ["--documents", "80", "--epochs", "1"],
+    "benchmarks/scaling.py": ["--preset", "minimind-tiny", "--steps", "1", "--batch_size", "2", "--max_seq_len", "16"],
 }
 FIND_CHECKPOINTS = ("0-eval_pretrain.py", "2-eval.py", "eval_ceval.py", "export_model.py")
 LEFT_OUT = ("--compile",)  # takes minutes
@@ -139,8 +141,9 @@ def test_every_python_command_runs(copy):
         interactive = "--interactive" in words
         if words[0] in FIND_CHECKPOINTS and "--checkpoint" not in words:
             words += ["--dim", "32", "--n_layers", "2"]
-        if words[0] == "images/draw.py" and "curves" in words:
-            words = words[:2] + ["--logs", "out/logs/pretrain_32.jsonl", "--output", "loss.png"]
+        if words[0] == "images/draw.py" and words[1] != "model":
+            log = {"curves": "pretrain_32", "experts": "pretrain_32_moe"}[words[1]]
+            words = words[:2] + ["--logs", f"out/logs/{log}.jsonl", "--output", f"{words[1]}.png"]
         process = subprocess.run(
             [sys.executable, *words],
             cwd=copy,
@@ -152,6 +155,42 @@ def test_every_python_command_runs(copy):
         assert "bad line" not in process.stdout, f"{line}\n{process.stdout}"  # a pattern that matches other files too
         if words[0].startswith("benchmarks/"):
             json.loads(process.stdout.splitlines()[-1])
+
+
+def launches():
+    """The lines of the READMEs that start several processes, of one machine and of several."""
+    assert blocks("README.md", "torchrun ") == blocks("README_en.md", "torchrun ")
+    return blocks("README.md", "torchrun ")
+
+
+def blocks(name, start):
+    """Lines that begin with `start` in the sh blocks of a README, what is continued on the next line put together."""
+    text = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)).replace("\\\n", " ")
+    return [line.split("  #")[0].strip() for line in text.splitlines() if line.startswith(start)]
+
+
+def test_every_torchrun_line_runs(tmp_path):
+    """Each machine as a torchrun of its own; all of them are this one, with one or two processes."""
+    for name in (*(path.name for path in ROOT.glob("*.py")), "model", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "dataset" / "demo_world", tmp_path / "dataset" / "demo_world")
+    for more in ([], ["--output_dir", "dataset/demo"]):
+        subprocess.run([sys.executable, "data_process.py", "demo", *more], cwd=tmp_path, check=True)
+    for line in launches():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            line = re.sub(r"--rdzv_endpoint \S+", f"--rdzv_endpoint 127.0.0.1:{free.getsockname()[1]}", line)
+        machines = int((re.search(r"--nnodes (\d+)", line) or [1, 1])[1])
+        line = re.sub(r"--nproc_per_node \d+", f"--nproc_per_node {2 if machines == 1 else 1}", line)
+        options, script, rest = re.fullmatch(r"torchrun (.*?)(\S+\.py)(.*)", line).groups()
+        options += "" if machines > 1 else " --standalone"
+        words = [*shlex.split(options), *small([script, *shlex.split(rest)]), "--device", "cpu"]
+        words += [] if "--resume" in rest else ["--overwrite"]
+        command = [sys.executable, "-m", "torch.distributed.run", *words]
+        options = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started = [subprocess.Popen(command, **options) for _ in range(machines)]
+        printed = [process.communicate(timeout=200)[0] for process in started]
+        assert not any(process.returncode for process in started), f"{line}\n" + "".join(printed)[-3000:]
 
 
 def test_the_notebook_example_runs_and_is_the_same_in_both(copy):

@@ -96,7 +96,7 @@ class Policy(nn.Module):
 
     def expert_load(self):
         """As Transformer.expert_load."""
-        return torch.stack([gate.expert_load for gate in self.gates]).mean(dim=0) if self.gates else None
+        return torch.stack([gate.expert_load for gate in self.gates]) if self.gates else None
 
 
 class StockModel(DataParallel):

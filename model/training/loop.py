@@ -49,7 +49,7 @@ def start(settings):
     if settings.local_rank is not None:  # from an older launcher than torchrun, which says it by the environment
         os.environ.setdefault("LOCAL_RANK", str(settings.local_rank))
     device = select_device(settings.device)
-    ranks.initialise(device)
+    ranks.initialise(device, settings.rendezvous_timeout)
     resume.seed_generators(settings.seed)
     return device
 
@@ -160,11 +160,15 @@ class Trainer:
         """One line: rows, what a step is, how many of them."""
         settings, train, validation = self.settings, self.train_loader.dataset, self.validation_loader.dataset
         total = f"{self.schedule.total_steps:,} in all" if self.schedule.total_steps < math.inf else "as many as fit"
+        parts = {"forward passes": settings.accumulation_steps, "rows of each": settings.batch_size}
+        if ranks.world_size() > 1:
+            parts["processes"] = ranks.world_size()
+        rows, numbers = math.prod(parts.values()), " x ".join(map(str, parts.values()))
         limit = f", at most {settings.max_minutes:g} minutes of training" if settings.max_minutes else ""
         return (
-            f"data: {len(train):,} rows to train on, {len(validation):,} to validate; a step is "
-            f"{settings.accumulation_steps} x {settings.batch_size * ranks.world_size()} rows of up to "
-            f"{self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an epoch, {total}{limit}"
+            f"data: {len(train):,} rows to train on, {len(validation):,} to validate; a step is {numbers} = {rows} rows "
+            f"({' x '.join(parts)}) of up to {self.model.config.max_seq_len} tokens, {self.steps_per_epoch:,} steps an "
+            f"epoch, {total}{limit}"
         )
 
     def measure(self, batch):
@@ -431,7 +435,7 @@ class Trainer:
 
     def report(self, window):
         """One line and one record on the steps since the last report."""
-        state, load = self.state, self.model.expert_load()
+        state, load = self.state, self.expert_load()
         loss, bits_per_byte = mean_loss(window)
         record = dict(step=state.step, epoch=round(state.step / self.steps_per_epoch, 4), loss=loss)
         record.update(self.further_numbers())
@@ -447,8 +451,17 @@ class Trainer:
             left = min(steady * (self.schedule.total_steps - state.step), self.schedule.seconds - state.train_seconds)
             record["seconds_left"] = max(0.0, round(left, 1))
         if load is not None:
-            record["expert_load"] = [round(share, 4) for share in load.tolist()]
+            record["expert_load"] = [round(share, 4) for share in load.mean(dim=0).tolist()]
+            record["least_expert_load"] = round(load.min().item(), 4)  # what starves in one layer hides in the mean
         self.log.write(step_line(record, self.step_of_total), **record)
+
+    def expert_load(self):
+        """Share [L, E] of the last micro-batch's routing choices that each expert got in each layer, over all ranks; None
+        when dense."""
+        load = self.model.expert_load()
+        if load is None:
+            return None
+        return torch.tensor(ranks.sum_over_ranks(load.flatten().tolist())).view_as(load) / ranks.world_size()
 
     @torch.no_grad()
     def validate(self):

@@ -1,13 +1,19 @@
 """The ranks of a run: the same code for one process and under torchrun."""
 
+import datetime
 import gc
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
 
 from model.errors import UserError, say
+
+# How long a rank waits for the others once all have come. One may be at work alone for long, tokenising on a machine of its
+# own for one; a process that ends is noticed at once: its connections close, and its launcher ends the rest.
+LONGEST_WAIT = datetime.timedelta(minutes=30)
 
 
 def rank():
@@ -31,14 +37,57 @@ def print_once(text):
         say(text)
 
 
-def initialise(device):
+def initialise(device, timeout=60):
     """Join the process group when torchrun (or anything else that sets WORLD_SIZE above 1) started several ranks.
 
     Gradients travel by NCCL where they lie on GPUs; the few numbers that the loop counts with are on the host and go by
-    gloo, so that no rank waits for its GPU to learn them.
+    gloo, so that no rank waits for its GPU to learn them. Raises UserError when the others do not come within `timeout`
+    seconds, or there is no place to meet them.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = meet(timeout)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+
+
+def meet(timeout):
+    """(store, rank, world_size) once all ranks have come to the store at MASTER_ADDR and MASTER_PORT, within `timeout` seconds;
+    for UserErrors see initialise."""
+    size, limit = os.environ["WORLD_SIZE"], f"within {timeout:g} s (--rendezvous_timeout)"
+    try:
+        address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    except (KeyError, ValueError) as error:
+        problem = f"MASTER_ADDR, MASTER_PORT or RANK is missing or wrong ({error})"
+        raise UserError(f"WORLD_SIZE is {size}, and {problem}; torchrun sets them all") from None
+    end, patience = time.monotonic() + timeout, datetime.timedelta(seconds=timeout)
+    while rank and not listens(address, port):  # torch itself would try for several times its limit
+        if time.monotonic() > end:
+            raise UserError(
+                f"no process of rank 0 at {address}:{port} {limit}; start it, or look for a firewall between"
+            )
+        time.sleep(0.2)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        arrivals = [f"arrived/{rank}" for rank in range(size)]
+        store.set(arrivals[rank], "")
+        store.wait(arrivals, patience)
+    except dist.DistNetworkError as error:
+        if rank == 0 and "EADDRINUSE" in str(error):
+            raise UserError(f"MASTER_PORT {port} is in use on this machine; choose another") from None
+        raise UserError(f"{address}:{port} is no place where processes meet ({error}); choose another port") from None
+    except dist.DistStoreError:
+        raise UserError(f"not all {size} processes came to {address}:{port} {limit}; start the others") from None
+    store.set_timeout(LONGEST_WAIT)
+    return store, rank, size
+
+
+def listens(address, port):
+    """Whether anything accepts connections there."""
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def shut_down():

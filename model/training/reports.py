@@ -128,7 +128,8 @@ def step_line(record, step_of_total):
     if "seconds_left" in record:
         text += f"  left {datetime.timedelta(seconds=int(record['seconds_left']))}"
     if "expert_load" in record:
-        text += "  experts " + " ".join(f"{share:.0%}" for share in record["expert_load"])
+        shares = " ".join(f"{share:.0%}" for share in record["expert_load"])
+        text += f"  experts {shares} (least in a layer {record['least_expert_load']:.0%})"
     return text
 
 

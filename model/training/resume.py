@@ -4,13 +4,12 @@ import contextlib
 import os
 import random
 import signal
-import sys
 
 import numpy
 import torch
 
 from model.checkpoint import CONFIG_FIELDS, FREE_FIELDS
-from model.errors import UserError, say, warn
+from model.errors import UserError, tell, warn
 from model.training import ranks
 
 STEPS_FLAG = "--epochs or --max_steps (in steps)"
@@ -121,7 +120,7 @@ class StopRequest:
             self.requested = True
             doing = "saving" if self.saving else "finishing this forward and backward pass, then saving"
             with contextlib.suppress(RuntimeError):  # it came in the middle of another line
-                say(f"{signal.Signals(number).name}: {doing}", sys.stderr)
+                tell(f"{signal.Signals(number).name}: {doing}")
 
     @contextlib.contextmanager
     def held(self):

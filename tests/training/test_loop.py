@@ -526,6 +526,7 @@ def test_log_has_what_the_run_is_watched_by(pretrain_csv, tmp_path, tokenizer):
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6]
     for line in steps:
         assert len(line["expert_load"]) == 4 and sum(line["expert_load"]) == pytest.approx(1, abs=1e-3)
+        assert 0 <= line["least_expert_load"] <= min(line["expert_load"])
         assert {"bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "tokens_seen"} <= line.keys()
     assert steps[-1]["seconds_left"] == 0 and steps[-1]["tokens_seen"] == 6 * 4 * 32
     assert lines[-1]["validation_bits_per_byte"] == run.state.progress()["validation_bits_per_byte"]
@@ -640,7 +641,13 @@ def test_open_batch_size_means_64_rows_a_step():
         settings = TrainingSettings(**given).resolved(torch.device(kind), ranks)
         return settings.batch_size, settings.accumulation_steps
 
-    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (8, 2) and sizes("cuda", 1) == (64, 1)
+    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (2, 8)
+    assert sizes("cuda", 1) == (64, 1) and sizes("cuda", 2) == (32, 1) and sizes("cuda", 64) == (1, 1)
+    assert sizes("cpu", 2, accumulation_steps=3) == (4, 3)
+    assert sizes("cuda", 3, batch_size=20) == (20, 1)  # what is given is each process's own
+    for kind, number, rows in (("cpu", 16, 8), ("cuda", 3, 64)):
+        with pytest.raises(UserError, match=f"{rows} rows .* shared evenly by {number} processes; give --batch_size"):
+            sizes(kind, number)
     assert sizes("cpu", 1, batch_size=3) == (3, 1) and sizes("cpu", 1, accumulation_steps=2) == (8, 2)
 
 

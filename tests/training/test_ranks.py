@@ -1,12 +1,16 @@
 """Two ranks compute what one process computes: gradients (which AdamW's steps would not show), sums, loss, seeds."""
 
+import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from conftest import ROOT
+from model.errors import UserError
 from model.training import ranks
 
 # Each rank takes its half of every micro-batch; rank 0 writes what it has afterwards.
@@ -78,3 +82,77 @@ def test_only_the_first_rank_prints(monkeypatch, capsys):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         ranks.print_once(f"rank {rank}")
     assert capsys.readouterr().out == "rank 0\n"
+
+
+# ---- meeting at the start
+
+
+@pytest.fixture
+def meet(monkeypatch):
+    """A function that meets as a rank that a launcher other than torchrun has started."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+    def call(rank, port, size=2, timeout=1.0):
+        for name, value in dict(RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+            monkeypatch.setenv(name, str(value))
+        return ranks.meet(timeout)
+
+    return call
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("rank, problem", [(0, "not all 2 processes came to"), (1, "no process of rank 0 at")])
+def test_who_never_comes_costs_the_limit_and_one_line_that_names_it(meet, rank, problem):
+    port, began = free_port(), time.monotonic()
+    with pytest.raises(UserError, match=rf"{problem} 127.0.0.1:{port} within 1 s \(--rendezvous_timeout\)"):
+        meet(rank, port)
+    assert 1 <= time.monotonic() - began < 15
+
+
+def test_a_port_in_use_is_named(meet):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"MASTER_PORT {port} is in use on this machine"):
+            meet(0, port)
+
+
+def test_a_rank_without_a_meeting_place_is_one_line(meet, monkeypatch):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, and MASTER_ADDR, MASTER_PORT or RANK .*torchrun"):
+        meet(0, "x")
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(UserError, match="MASTER_PORT"):
+        ranks.meet(1.0)
+
+
+def test_ranks_that_have_met_wait_longer_for_each_other(meet, monkeypatch):
+    """What the store is asked for later, NCCL's first message for one, may come after minutes of tokenising."""
+    program = (
+        "import os, sys; sys.path.insert(0, '.'); from model.training import ranks\n"
+        "store, rank, size = ranks.meet(20.0); store.get('end')"
+    )
+    port = free_port()
+    place = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, **place})
+    store, rank, size = meet(0, port, timeout=60)
+    assert (rank, size) == (0, 2) and store.timeout == ranks.LONGEST_WAIT
+    store.set("end", "")
+    assert other.wait(timeout=60) == 0
+
+
+def test_torchruns_own_store_is_there_before_the_others_come(meet, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for rank in (0, 1):
+        other = f"arrived/{1 - rank}"
+        with pytest.raises(UserError, match="not all 2 processes came to"):
+            meet(rank, store.port)
+        assert not store.check([other])
+        store.delete_key(f"arrived/{rank}")
