@@ -31,6 +31,8 @@ screenshots: .venv/installed
 benchmarks: .venv/installed
 	$(RUN) benchmarks/training.py
 	$(RUN) benchmarks/decoding.py
+	$(RUN) benchmarks/exports.py --compile
+	$(RUN) benchmarks/serving.py
 	$(RUN) benchmarks/lora.py
 	$(RUN) benchmarks/token_cache.py
 	$(RUN) benchmarks/data_process.py

@@ -9,8 +9,8 @@ Measured, all greedy, on random prompts of 16 to 112 tokens with answers of 64 t
    on 16 prompts of 64 tokens with 128 new ones each, its best case, and on the same requests, 16 at a time
  - first token: of a request that comes while 15 others run, against its prefill alone: how many of their steps it waits
  - HTTP: 16 clients that stream, against the engine without a server; and from the start of the process to its first answer
- - survival: 2,000 requests by 32 clients of which every third leaves in the middle, in float32: what the others got is
-   compared with the engine's answer to each of them alone; memory of the server before and after
+ - survival: 2,000 requests of 4 to 300 tokens by 32 clients of which every third leaves in the middle, in float32: what the
+   others got is compared with what the engine alone answers; memory of the server after 400 of them and at the end
  - curve: tokens per second and time to first token of 1 to 64 clients that ask again as soon as they have their answer
 
 What is compared takes turns, so that a busy machine disturbs both alike; medians. llama.cpp serves through xllamacpp, with
@@ -308,8 +308,10 @@ def measure_survival(args, checkpoint):
     """Requests by 32 clients of which every third hangs up midway: how many were whole and right, and what is left behind."""
     import psutil
 
-    (engine,), cases = load_engines(checkpoint, ["float32"]).values(), workload(24, (4, 40), (4, 24))
-    expected = [engine.generate([prompt], greedy(count))[0].text for prompt, count in cases]
+    (engine,), cases = load_engines(checkpoint, ["float32"]).values(), workload(400, (4, 300), (4, 24))
+    expected = [
+        request.text for request in engine.generate(*zip(*((prompt, greedy(count)) for prompt, count in cases)))
+    ]
     outcomes = dict(left=0, right=0, wrong=0)
 
     async def client(address, numbers):
@@ -328,7 +330,7 @@ def measure_survival(args, checkpoint):
         return psutil.Process(process.pid).memory_info().rss / 1e6
 
     with minimind_server(checkpoint, "float32") as (address, process, _):
-        asyncio.run(flood(address, 200))
+        asyncio.run(flood(address, 400))
         before, outcomes = megabytes(process), dict.fromkeys(outcomes, 0)
         asyncio.run(flood(address, args.survivors))
         time.sleep(1)

@@ -316,7 +316,7 @@ class ServerSettings(Checked):
     )
     model_name: str = flag(None, "what clients call the model (default: the checkpoint's name)", str, metavar="NAME")
     strict_model: bool = flag(False, "refuse other model names than those of GET /v1/models")
-    max_batch: int = flag(16, "answers written at the same time (default: {default})", least=1)
+    max_batch: int = flag(32, "answers written at the same time (default: {default})", least=1)
     max_cache_gb: float = flag(
         None, "memory for their keys and values; who finds none left waits (default: what is free)", float, least=0.001
     )

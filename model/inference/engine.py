@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import nn
 
 from model.device import check_compiler
 from model.errors import UserError, is_out_of_memory
@@ -47,6 +46,7 @@ class Request:
         self.stop_token_ids, self.limit = stop_token_ids, limit
         self.token_ids, self.text, self.finish_reason, self.error = [], "", None, None
         self.read = self.reused = 0  # prompt tokens in the cache, and how many of them came from another request
+        self.arrival = None  # its number among those that have got a row
         self.random = random.Random(parameters.seed)
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.held_back = ""
@@ -86,6 +86,20 @@ class Request:
         return next(starts, len(text))
 
 
+class Lane:
+    """The requests that are answered with one adapter, in the order of their rows of the lane's cache, and what they are
+    computed with. running: each has been read, and gets a token a step; reading: prompts of which more is to be read."""
+
+    def __init__(self):
+        self.running, self.reading = [], []
+        self.cache = self.sampler = None
+
+    @property
+    def rows(self):
+        """The requests that have a row of the cache, in the order of the rows."""
+        return self.running + self.reading
+
+
 def common_start(ids, others):
     """How many token ids two lists have in common at their beginning."""
     return next(
@@ -96,13 +110,13 @@ def common_start(ids, others):
 class Engine:
     """Runs requests through one model. add() queues a request, each step() gives every running one a token.
 
-    Rows 0 .. n-1 of the cache belong to the n running requests, the rows behind them to those whose prompts are still being
+    Rows 0 .. n-1 of a cache belong to the n running requests, the rows behind them to those whose prompts are still being
     read; when one leaves, others move up, so that each forward pass computes no empty row. Which requests share a pass
     changes an answer in bfloat16 and float16 by their rounding only, and in float32 not at all (see
     SamplingParameters.seed). Not thread-safe: one thread owns an engine.
 
     Prompts are read in pieces between the steps of the running requests (chunked prefill; Agrawal et al. 2023, SARATHI,
-    arXiv 2308.16369), so that a long one holds nobody up. What a prompt has in common with one that is in the cache, or
+    arXiv 2308.16369), in turn the first that came and the one of which least is left, so that a long one holds nobody up. What a prompt has in common with one that is in the cache, or
     among the last prefix_rows that were, is copied from there instead of being computed again.
 
     model: a Transformer, left in evaluation mode. tokenizer: needed for text and stop strings, not for token ids.
@@ -115,11 +129,12 @@ class Engine:
     what is free; requests that find none wait.
 
     add_adapter() gives the engine a LoRA adapter by name, and a request may ask for one. Requests that share a pass share
-    the adapter: one that wants another waits, and those behind it, until the running ones are done.
+    the adapter; those of different ones take turns step by step, so that n adapters in use make each n times slower.
     """
 
     PREFILL_CHUNK = 512  # prompt tokens per forward pass, padding counted: bounds the memory of long prompts
     PREFILL_BETWEEN = 256  # the same while others are running, who wait that long
+    PREFILL_MULTIPLE = 32  # pieces are padded to such lengths: the libraries keep memory for every shape they have met
     SHORTEST_PREFIX = 8  # tokens: fewer are read as quickly as copied
 
     def __init__(
@@ -129,10 +144,13 @@ class Engine:
         self.model, self.tokenizer, self.max_batch = install(model.eval(), int8), tokenizer, max_batch
         self.int8, self.max_cache_bytes = int8, max_cache_bytes
         self.max_length = max_length or model.config.max_seq_len
-        self.running, self.reading, self.waiting = [], [], deque()
+        self.lane, self.waiting = Lane(), deque()  # the lane that steps now, or did last
+        self.steps, self.arrivals = 0, itertools.count()
+        self.lanes = {None: self.lane}  # by adapter, the one that has not stepped for longest first
         self.prefixes, self.prefix_rows = OrderedDict(), prefix_rows  # (adapter, token ids): their keys and values
-        self.cache = self.sampler = self.compiled = None
+        self.compiled = None
         self.adapters = {None: {}}  # name: {matrix: its weight with the adapter}; None: as they are without one
+        self.packed = {}  # (adapter, matrix): what PackedLinear has made of such a weight
         self.adapter = None  # the name of the one in use
         self.uses_graphs = model.device.type == "cuda"  # a compiled step is one CUDA graph
         if not self.has_memory_for(1):
@@ -158,6 +176,7 @@ class Engine:
         self.use_adapter(None)
         try:
             self.adapters[name] = merged_weights(self.model, adapter)
+            self.forget(name)
             for matrix in self.adapters[name]:
                 self.adapters[None].setdefault(matrix, self.model.get_submodule(matrix).weight.data)
         finally:
@@ -167,12 +186,27 @@ class Engine:
         """Let the model's weights be those with the adapter `name`, or without one (None)."""
         if name == self.adapter:
             return
-        changed = self.adapters[None] | self.adapters[name]
-        for matrix, weight in changed.items():
+        for matrix, weight in (self.adapters[None] | self.adapters[name]).items():
             layer = self.model.get_submodule(matrix)
+            self.packed[self.adapter, matrix] = layer.take_packed()
             layer.weight.data = weight
-            layer.packed_from = None  # PackedLinear's copy is of other weights
+            layer.put_packed(self.packed.get((name, matrix)))
         self.adapter = name
+
+    def remove_adapter(self, name):
+        """Forget the adapter of that name, if there is one. Raises UserError while requests for it are not done."""
+        if name is None or any(request.adapter == name for request in (*self.rows, *self.waiting)):
+            raise UserError(f"the adapter {name!r} cannot be removed now: requests for it are not done")
+        if self.adapter == name:
+            self.use_adapter(None)
+        self.adapters.pop(name, None)
+        self.forget(name)
+
+    def forget(self, name):
+        """Drop what was computed with an adapter of that name."""
+        self.packed = {key: packed for key, packed in self.packed.items() if key[0] != name}
+        for key in [key for key in self.prefixes if key[0] == name]:
+            del self.prefixes[key]
 
     def add(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
         """Queue a prompt (token ids), to be answered with the adapter of that name, and return its Request. Raises what
@@ -219,13 +253,13 @@ class Engine:
 
     @property
     def rows(self):
-        """The requests that have a row of the cache, in the order of the rows."""
-        return self.running + self.reading
+        """The requests that are running or being read, of whatever adapter."""
+        return [request for lane in self.lanes.values() for request in lane.rows]
 
     @property
     def has_work(self):
         """True while any request is running, being read or waiting."""
-        return bool(self.running or self.reading or self.waiting)
+        return bool(self.rows or self.waiting)
 
     def cancel(self, request):
         """End a request, waiting or running, with finish_reason "cancelled"; one that is done stays as it is."""
@@ -233,25 +267,27 @@ class Engine:
             if request in self.waiting:
                 self.waiting.remove(request)
             else:
-                self.release([request])
+                self.release([request], self.lanes[request.adapter])
             request.finish_reason = "cancelled"
 
     def abandon(self):
         """Forget all requests, and the cache, which an exception may have left in any state; ends none of them."""
-        self.running, self.reading, self.cache, self.sampler = [], [], None, None
+        self.lane = Lane()
+        self.lanes = {self.adapter: self.lane}
         self.waiting.clear()
         self.prefixes.clear()
 
     @torch.inference_mode()
     def step(self):
-        """One token for every running request and one piece of the prompts that are being read, waiting ones admitted
-        first; returns a list of Delta.
+        """One token for every running request of one adapter and one piece of its prompts that are being read, waiting ones
+        admitted first; returns a list of Delta.
 
         A request for which memory runs out while its prompt is read, or whose logits are not finite, ends with an "error"
         and the others go on as if it had never been there. Any other exception is raised; it ends those whose prompts
         were being read, while the running ones could go on.
         """
-        older, logits, deltas = len(self.running), [], []
+        lane = self.take_turn()
+        older, logits, deltas = len(lane.running), [], []
         admitted, pieces = self.admissible(), []  # (request, how many tokens of its prompt are read now)
         try:
             self.admit(admitted)
@@ -267,8 +303,8 @@ class Engine:
             logits[0] = logits[0][: len(done)]  # of the last piece, which is not the prompt's end, there is no use
         if older:
             logits.insert(0, self.decode(older))
-        running, tokens = self.running + done, []
-        sampler = self.sampler
+        running, tokens = lane.running + done, []
+        sampler = lane.sampler
         if running:
             if sampler is None or done:
                 sampler = self.new_sampler(running)
@@ -278,54 +314,92 @@ class Engine:
         # Only now that nothing can fail any more are the pieces read, and have the others one token more.
         for request, count in pieces:
             request.read += count
-        self.running, self.reading, self.sampler = running, self.reading[len(done) :], sampler
+        lane.running, lane.reading, lane.sampler = running, lane.reading[len(done) :], sampler
         if older:
-            self.cache.rows(0, older).advance(1)
+            lane.cache.rows(0, older).advance(1)
         damaged = "the model's output is not finite: the checkpoint is damaged, or --dtype is too narrow for it"
         probabilities = sampler.log_probabilities if running and sampler.log_probabilities else [None] * len(running)
         deltas += [
             request.fail(damaged) if token < 0 else request.accept(token, probability)
             for request, token, probability in zip(running, tokens, probabilities)
         ]
-        self.release([request for request in running if request.finish_reason])
+        self.release([request for request in running if request.finish_reason], lane)
         return deltas
 
+    def take_turn(self):
+        """Make self.lane that of the adapter whose turn it is, among those with rows or with requests that are to get some;
+        what other lanes hold is let go. Returns it."""
+        self.steps += 1
+        names = dict.fromkeys(request.adapter for request in (*self.rows, *self.next_waiting()))
+        if names:
+            lanes = {name: lane for name, lane in self.lanes.items() if name in names}
+            lanes |= {name: Lane() for name in names if name not in lanes}
+            name = next(iter(lanes))
+            self.lane = lanes.pop(name)
+            self.lanes = {**lanes, name: self.lane}
+            self.use_adapter(name)
+        return self.lane
+
+    def next_waiting(self):
+        """The waiting requests, in the order they came, of which no more run than max_batch."""
+        return list(itertools.islice(self.waiting, self.max_batch - len(self.rows)))
+
     def admissible(self):
-        """The waiting requests, in the order they came, for which there are rows and the adapter is the same."""
-        if self.waiting and not self.rows:
-            self.use_adapter(self.waiting[0].adapter)
-        taken, room = len(self.rows), itertools.islice(self.waiting, self.max_batch - len(self.rows))
-        admitted = list(itertools.takewhile(lambda request: request.adapter == self.adapter, room))
-        while len(admitted) > (taken == 0) and not self.fits(taken + len(admitted)):
+        """Those of them that are this lane's, and for which there is memory."""
+        nobody = not self.rows
+        admitted = [request for request in self.next_waiting() if request.adapter == self.adapter]
+        while len(admitted) > nobody and not self.fits(len(self.lane.rows) + len(admitted)):
             admitted.pop()  # it waits until others have left
         return admitted
 
     def admit(self, requests):
-        """Give the first ones of self.waiting rows behind all others. Raises what reserve_rows does."""
-        self.reserve_rows(len(self.rows) + len(requests))
-        self.reading += [self.waiting.popleft() for _ in requests]
+        """Give waiting requests rows behind all others of the lane. Raises what reserve_rows does."""
+        lane = self.lane
+        self.reserve_rows(len(lane.rows) + len(requests))
+        for request in requests:
+            self.waiting.remove(request)
+            request.arrival = next(self.arrivals)
+        lane.reading += requests
         if requests:
-            self.cache.lengths[len(self.rows) - len(requests) :] = 0
+            lane.cache.lengths[len(lane.rows) - len(requests) :] = 0
 
     def next_pieces(self):
-        """[(request, tokens), ...] of the prompts to be read now, the first ones of self.reading: whole rests of prompts as
-        long as they stay within the limit together with their padding, and of a longer first one what the limit allows."""
-        limit, pieces = self.PREFILL_BETWEEN if self.running else self.PREFILL_CHUNK, []
-        for request in self.reading:
-            rest = self.reuse(request)
+        """[(request, tokens), ...] of the prompts to be read now, which get the first rows behind the running ones: whole rests
+        of prompts as long as they stay within the limit together with their padding, and of a longer first one what the limit
+        allows."""
+        limit, pieces = self.PREFILL_BETWEEN if self.lane.running else self.PREFILL_CHUNK, []
+        rests = {request: self.reuse(request) for request in self.lane.reading}
+        # Every other step the shortest first: a short one never waits for several long ones.
+        first = rests.get if self.steps % 2 else lambda request: request.arrival
+        for request in sorted(rests, key=first):
+            rest = rests[request]
             longest = max([rest, *(count for _, count in pieces)])
-            if pieces and ((len(pieces) + 1) * longest > limit or self.same_start(request, pieces)):
+            if pieces and ((len(pieces) + 1) * self.padded(longest) > limit or self.same_start(request, pieces)):
                 break
             pieces.append((request, min(rest, limit)))
             if rest > limit:
                 break
+        for place, (request, _) in enumerate(pieces):
+            self.exchange(place, self.lane.reading.index(request))
         return pieces
+
+    def padded(self, count):
+        """Length at which a piece of `count` tokens is read."""
+        return -(-count // self.PREFILL_MULTIPLE) * self.PREFILL_MULTIPLE
+
+    def exchange(self, place, other):
+        """Let two of the lane's prompts that are being read change places."""
+        if place != other:
+            lane, first = self.lane, len(self.lane.running)
+            lane.reading[place], lane.reading[other] = lane.reading[other], lane.reading[place]
+            lane.cache.swap_rows(first + place, first + other)
 
     def reuse(self, request):
         """Copy what the prompt of `request` has in common with what the cache holds or held, if that is more than has been
         read; returns how many tokens are left to read, at least the last one."""
-        row, best = self.rows.index(request), (request.read + self.SHORTEST_PREFIX, None)
-        there = {other: self.held(other) for other in range(len(self.rows)) if other != row}
+        lane = self.lane
+        row, best = lane.rows.index(request), (request.read + self.SHORTEST_PREFIX, None)
+        there = {other: self.held(lane, other) for other in range(len(lane.rows)) if other != row}
         there |= {key: key[1] for key in self.prefixes if key[0] == request.adapter}
         for key, ids in there.items():
             best = max(best, (common_start(request.prompt_ids[:-1], ids), key), key=lambda found: found[0])
@@ -333,17 +407,17 @@ class Engine:
         if source is not None:
             if isinstance(source, tuple):
                 self.prefixes.move_to_end(source)
-                self.cache.load_row(row, self.prefixes[source], count)
+                lane.cache.load_row(row, self.prefixes[source], count)
             else:
-                self.cache.copy_row(source, row, count)
+                lane.cache.copy_row(source, row, count)
             request.reused += count - request.read
             request.read = count
         return len(request.prompt_ids) - request.read
 
-    def held(self, row):
-        """The token ids whose keys and values are in a row."""
-        request = self.rows[row]
-        return (request.prompt_ids + request.token_ids)[: int(self.cache.lengths[row])]
+    def held(self, lane, row):
+        """The token ids whose keys and values are in a row of a lane's cache."""
+        request = lane.rows[row]
+        return (request.prompt_ids + request.token_ids)[: int(lane.cache.lengths[row])]
 
     def same_start(self, request, pieces):
         """Whether one of `pieces` reads what `request` could copy when it is read."""
@@ -354,7 +428,7 @@ class Engine:
         )
 
     def reject(self, requests, error):
-        """Take `requests` from the queue because of the exception `error`; returns their Deltas."""
+        """Take `requests` from the queue, or from the lane, because of the exception `error`; returns their Deltas."""
         reason = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
             count = f"{len(requests)} more requests" if len(requests) > 1 else "one more request"
@@ -366,7 +440,7 @@ class Engine:
             if request in self.waiting:
                 self.waiting.remove(request)
             else:
-                self.release([request])
+                self.release([request], self.lane)
         return deltas
 
     def new_sampler(self, requests):
@@ -377,13 +451,13 @@ class Engine:
         return Sampler(parameters, histories, self.model.config.vocab_size, self.model.device, answers)
 
     def decode(self, rows):
-        """Feed the first `rows` running requests their last token; logits [rows, V] of the next."""
-        last = [[request.token_ids[-1]] for request in self.running[:rows]]
-        cache, device = self.cache.rows(0, rows), self.model.device
+        """Feed the lane's first `rows` running requests their last token; logits [rows, V] of the next."""
+        last = [[request.token_ids[-1]] for request in self.lane.running[:rows]]
+        cache, device = self.lane.cache.rows(0, rows), self.model.device
         if self.compiled is None or (rows > 1 and not self.uses_graphs):
             return self.model(torch.tensor(last, device=device), kv_cache=cache).logits[:, -1]
         if self.uses_graphs:  # all rows of the cache, also the unused ones: their number is part of what was compiled
-            cache = self.cache
+            cache = self.lane.cache
         last = torch.tensor(last + [[0]] * (cache.batch - rows), device=device)
         with cache.with_fixed_shapes():
             return self.compiled(last, kv_cache=cache).logits[:rows, -1]
@@ -391,85 +465,99 @@ class Engine:
     def prefill(self, pieces):
         """Run `pieces` of prompts, [(request, tokens), ...] from next_pieces, through the model together, in the rows behind
         the running ones; logits [B, V] of what follows each piece."""
-        first, device = len(self.running), self.model.device
-        cache = self.cache.rows(first, first + len(pieces))
+        first, device = len(self.lane.running), self.model.device
+        cache = self.lane.cache.rows(first, first + len(pieces))
         cache.lengths.copy_(torch.tensor([request.read for request, _ in pieces]))
-        ids = [torch.tensor(request.prompt_ids[request.read : request.read + count]) for request, count in pieces]
+        room = self.max_length - int(cache.lengths.max())  # behind the longest: padding must fit too
+        length = min(self.padded(max(count for _, count in pieces)), room)
+        ids = torch.zeros(len(pieces), length, dtype=torch.long)
+        for row, (request, count) in zip(ids, pieces):
+            row[:count] = torch.tensor(request.prompt_ids[request.read : request.read + count])
         last = torch.tensor([[count - 1] for _, count in pieces], device=device)
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        logits = self.model(ids, kv_cache=cache, padding_side="right", logits_to_keep=last).logits[:, 0]
+        logits = self.model(ids.to(device), kv_cache=cache, padding_side="right", logits_to_keep=last).logits[:, 0]
         cache.advance([count for _, count in pieces])
         return logits
 
     def fits(self, rows):
-        """Whether the cache holds so many rows, or could."""
-        return (self.cache is not None and self.cache.batch >= rows) or self.has_memory_for(rows)
+        """Whether the lane's cache holds so many rows, or could."""
+        cache = self.lane.cache
+        return (cache is not None and cache.batch >= rows) or self.has_memory_for(rows)
 
     def has_memory_for(self, rows):
-        """Whether a cache of so many rows can be held. Linux grants more than it has and ends the process later."""
+        """Whether the lane can hold a cache of so many rows. Linux grants more than it has and ends the process later."""
         device = self.model.device
         on_gpu = device.type == "cuda"
-        limit = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().available
-        return self.bytes_for(rows) <= min(limit, self.max_cache_bytes)
+        free = torch.cuda.mem_get_info(device)[1] if on_gpu else psutil.virtual_memory().available
+        return self.bytes_for(rows) <= min(free, self.max_cache_bytes - self.bytes_of_others())
 
     def bytes_for(self, rows):
         """Size of a cache of so many rows."""
         return KVCache.bytes_needed(self.model.config, rows, self.max_length, self.model.dtype)
 
+    def bytes_of_others(self):
+        """Size of the other lanes' caches."""
+        caches = (lane.cache for lane in self.lanes.values() if lane is not self.lane)
+        return sum(self.bytes_for(cache.batch) for cache in caches if cache is not None)
+
     def reserve_rows(self, rows):
-        """Make the cache hold at least `rows` rows; the number doubles, so a single request pays for one row only.
-        Raises MemoryError, or torch's own error, and then leaves the cache as it was."""
-        if rows == 0 or (self.cache is not None and self.cache.batch >= rows):
+        """Make the lane's cache hold at least `rows` rows; the number doubles, so a single request pays for one row only.
+        Raises MemoryError, or torch's own error, and then leaves the rows as they were."""
+        lane = self.lane
+        if rows == 0 or (lane.cache is not None and lane.cache.batch >= rows):
             return
-        batch = min(self.max_batch, max(rows, 2 * self.cache.batch if self.cache else 1))
+        batch = min(self.max_batch, max(rows, 2 * lane.cache.batch if lane.cache else 1))
         if not self.has_memory_for(batch):
             batch = rows
         if not self.has_memory_for(batch):
             raise MemoryError
-        larger = KVCache(self.model.config, batch, self.max_length, self.model.dtype, self.model.device)
-        if self.cache is not None:
-            larger.copy_rows(self.cache)
-        self.cache = larger
-        self.trim_prefixes()
+        self.trim_prefixes(self.bytes_for(batch))
+        if lane.cache is None:
+            config, dtype = self.model.config, self.model.dtype
+            lane.cache = KVCache(config, batch, self.max_length, dtype, self.model.device)
+        else:
+            lane.cache.grow(batch)
         if self.compiled is not None and self.uses_graphs:  # it writes into these very tensors; others would be copied
-            for storage in (*larger.keys, *larger.values):
+            for storage in (*lane.cache.keys, *lane.cache.values):
                 torch._dynamo.mark_static_address(storage)
 
     @torch.inference_mode()
-    def release(self, requests):
-        """Free the rows of `requests`; rows behind them move up."""
+    def release(self, requests, lane):
+        """Free the rows of `requests` in a lane; rows behind them move up."""
         for request in requests:
-            row = self.rows.index(request)
+            row = lane.rows.index(request)
             if request.finish_reason == "error":
-                self.cache.clear_row(row)
+                lane.cache.clear_row(row)
             elif self.prefix_rows:
-                self.keep(request, row)
-            if request in self.running:
-                last = self.running.pop()
+                self.keep(request, lane, row)
+            if request in lane.running:
+                last = lane.running.pop()
                 if last is not request:
-                    self.cache.move_row(len(self.running), row)
-                    self.running[row] = last
-                row, self.sampler = len(self.running), None
+                    lane.cache.move_row(len(lane.running), row)
+                    lane.running[row] = last
+                row, lane.sampler = len(lane.running), None
             else:
-                self.reading.remove(request)
-            for place in range(row, len(self.rows)):  # those being read stay in their order
-                self.cache.move_row(place + 1, place)
+                lane.reading.remove(request)
+            for place in range(row, len(lane.rows)):  # those being read stay in their order
+                lane.cache.move_row(place + 1, place)
 
-    def keep(self, request, row):
-        """Keep what the cache holds of `request` for prompts that begin alike, in place of what that goes on from."""
-        ids = tuple(self.held(row))
+    def keep(self, request, lane, row):
+        """Keep what the lane's cache holds of `request` for prompts that begin alike, in place of what that goes on from."""
+        ids = tuple(self.held(lane, row))
         for key in [key for key in self.prefixes if key[0] == request.adapter and ids[: len(key[1])] == key[1]]:
             del self.prefixes[key]
-        self.prefixes[request.adapter, ids] = self.cache.save_row(row, len(ids))
-        self.trim_prefixes()
+        size = self.bytes_for(1) * len(ids) // self.max_length
+        if self.trim_prefixes(self.bytes_for(lane.cache.batch), size):
+            self.prefixes[request.adapter, ids] = lane.cache.save_row(row, len(ids))
 
-    def trim_prefixes(self):
-        """Forget the kept prefixes that are too many, or for which there is no room, those not used for longest first."""
-        sizes = [sum(part.nbytes for part in saved) for saved in self.prefixes.values()]
-        room = self.max_cache_bytes - self.bytes_for(self.cache.batch)
-        while len(sizes) > self.prefix_rows or sum(sizes) > room:
+    def trim_prefixes(self, cache, new=0):
+        """Forget kept prefixes, those not used for longest first, until this lane's cache may have `cache` bytes and, with new
+        bytes, one more is neither too many nor too large; whether that is so."""
+        sizes = deque(sum(part.nbytes for part in saved) for saved in self.prefixes.values())
+        room, most = self.max_cache_bytes - self.bytes_of_others() - cache - new, self.prefix_rows - (new > 0)
+        while sizes and (len(sizes) > most or sum(sizes) > room):
             self.prefixes.popitem(last=False)
-            sizes.pop(0)
+            sizes.popleft()
+        return room >= 0
 
     def stream(self, prompt_ids, parameters=SamplingParameters(), adapter=None):
         """Yield the Deltas of one prompt; their texts join to the answer. Closing the iterator cancels the request."""

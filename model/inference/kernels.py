@@ -16,6 +16,7 @@ class PackedLinear(nn.Linear):
     """
 
     ROWS = 16  # what the layout is chosen for; it serves any number
+    PACKED = ("packed", "packed_from")
     packed = packed_from = None
 
     def forward(self, x):
@@ -44,9 +45,17 @@ class PackedLinear(nn.Linear):
         """The same of a single row, in compiled code."""
         return (self.weight.float() * x.float()).sum(dim=-1).to(x.dtype).view(*x.shape[:-1], -1)
 
+    def take_packed(self):
+        """What pack() has made, for put_packed; this layer forgets it."""
+        return {name: self.__dict__.pop(name) for name in self.PACKED if name in self.__dict__}
+
+    def put_packed(self, packed):
+        """Have what take_packed gave, None: nothing. The weight must be the one that it was made of."""
+        self.__dict__.update(packed or {})
+
     def __getstate__(self):
         """Copies and pickles pack for themselves: a packed weight cannot be copied."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("packed", "packed_from")}
+        return {name: value for name, value in self.__dict__.items() if name not in self.PACKED}
 
 
 class Int8Linear(PackedLinear):
@@ -57,6 +66,7 @@ class Int8Linear(PackedLinear):
     """
 
     FEW_ROWS = 4
+    PACKED = (*PackedLinear.PACKED, "quantized", "scales")
     quantized = scales = None
 
     def pack(self, weight):

@@ -97,6 +97,13 @@ class KVCache:
             storage[target, :, :count] = storage[source, :, :count]
         self.lengths[target] = count
 
+    def swap_rows(self, one, other):
+        """Exchange two rows."""
+        count = int(self.lengths[one])
+        kept = self.save_row(one, count)
+        self.move_row(other, one)
+        self.load_row(other, kept, count)
+
     def save_row(self, row, count):
         """A copy of the first `count` tokens of row `row`, for load_row."""
         return [storage[row, :, :count].clone() for storage in (*self.keys, *self.values)]
@@ -112,8 +119,17 @@ class KVCache:
         for storage in (*self.keys, *self.values):
             storage[row].zero_()
 
-    def copy_rows(self, other):
-        """Copy the rows of a smaller cache of the same capacity into the first rows of this one."""
-        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values)):
-            mine[: other.batch].copy_(theirs)
-        self.lengths[: other.batch] = other.lengths
+    def grow(self, batch):
+        """Have `batch` rows, more than so far; one tensor after the other, so that only one is there twice. Where memory runs out
+        the rows stay as they were."""
+        before = self.batch
+        try:
+            for storages in (self.keys, self.values):
+                for index, storage in enumerate(storages):
+                    storages[index] = storage.new_zeros(batch, *storage.shape[1:])
+                    storages[index][:before] = storage
+        except BaseException:
+            self.keys = [storage[:before] for storage in self.keys]
+            self.values = [storage[:before] for storage in self.values]
+            raise
+        self.lengths = torch.cat((self.lengths, self.lengths.new_zeros(batch - before)))

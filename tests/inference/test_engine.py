@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from conftest import trained_adapter
 from model.errors import UserError
 from model.inference.chat import conversation_prompt, last_exchanges
 from model.inference.engine import Engine, Request
+from model.inference.kernels import PackedLinear
 from model.inference.kv_cache import KVCache
 from model.inference.sampling import Sampler, SamplingParameters
 from model.LMConfig import LMConfig
@@ -211,7 +213,7 @@ def test_what_an_abandoned_engine_answers_is_right(model):
     old = [engine.add(prompt, GREEDY) for prompt in random_prompts(3, seed=8)]
     engine.step()
     with torch.inference_mode():
-        for tensor in (*engine.cache.keys, *engine.cache.values):
+        for tensor in (*engine.lane.cache.keys, *engine.lane.cache.values):
             tensor.fill_(float("nan"))
     engine.abandon()
     assert not engine.has_work and not engine.prefixes and [request.finish_reason for request in old] == [None] * 3
@@ -254,6 +256,7 @@ def tokens_computed(engine):
 def test_a_long_prompt_holds_nobody_up(any_model, monkeypatch):
     """Those who are running get a token with every piece of it, and no pass is larger than a piece and a token each."""
     monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    monkeypatch.setattr(Engine, "PREFILL_MULTIPLE", 4)
     short, long = random_prompts(2, seed=4, longest=5), random_prompts(1, seed=5, longest=1)[0] * 45
     engine = Engine(any_model)
     requests = [engine.add(prompt, GREEDY) for prompt in short]
@@ -269,18 +272,49 @@ def test_a_long_prompt_holds_nobody_up(any_model, monkeypatch):
         assert request.token_ids == greedy_without_cache(any_model, prompt, 12)
 
 
-def test_prompts_are_read_in_the_order_they_came(model, monkeypatch):
+def test_prompts_are_read_in_turn_the_first_that_came_and_the_shortest(model, monkeypatch):
+    """A short one waits for no long ones, and a long one not for ever however many short ones come."""
     monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
-    engine, prompts = Engine(model, max_batch=4), [[7], [8] * 20, [9], [10, 11]]
-    requests = [engine.add(prompt, dataclasses.replace(GREEDY, max_new_tokens=30)) for prompt in prompts[:1]]
+    monkeypatch.setattr(Engine, "PREFILL_MULTIPLE", 1)
+    engine, prompts = Engine(model), [[7], *([token] * 45 for token in (8, 9, 10)), [11, 12]]
+    requests = [engine.add(prompts[0], dataclasses.replace(GREEDY, max_new_tokens=50))]
     engine.step()
     requests += [engine.add(prompt, GREEDY) for prompt in prompts[1:]]
     began = [delta.request for deltas in run_to_the_end(engine) for delta in deltas if len(delta.request.token_ids)]
-    assert sorted(requests, key=began.index) == requests
+    assert sorted(requests, key=began.index) == [requests[0], requests[4], *requests[1:4]]
+    for request, prompt in zip(requests, prompts):
+        assert request.token_ids == greedy_without_cache(model, prompt, request.limit)
+    first = engine.add(prompts[0], dataclasses.replace(GREEDY, max_new_tokens=50))
+    engine.step()
+    long, steps, brief = engine.add(prompts[1], GREEDY), 0, dataclasses.replace(GREEDY, max_new_tokens=1)
+    while not long.token_ids:
+        engine.add([20 + steps, 21, 22, 23, 24], brief)
+        engine.step()
+        steps += 1
+        assert steps <= 2 * 6 + 1
+    run_to_the_end(engine)
+    assert long.token_ids == greedy_without_cache(model, prompts[1], 12) and first.finish_reason == "length"
 
 
-def test_what_prompts_have_in_common_is_computed_once(any_model):
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 50, 63])
+def test_pieces_are_padded_to_few_lengths_and_never_beyond_the_context(model, length):
+    prompt, lengths = random_prompts(1, seed=length, longest=1)[0] * length, []
+    engine = Engine(model)
+    hook = engine.model.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
+    try:
+        (request,) = engine.generate([prompt], GREEDY)
+    finally:
+        hook.remove()
+    assert lengths[0] == (32 if length <= 32 else 64)
+    assert request.token_ids == greedy_without_cache(model, prompt, min(12, 64 - length))
+    engine.PREFILL_CHUNK = 40  # of 50 tokens 10 are left for a place of 24, of 63 23
+    (request,) = engine.generate([prompt], GREEDY)
+    assert request.token_ids == greedy_without_cache(model, prompt, min(12, 64 - length))
+
+
+def test_what_prompts_have_in_common_is_computed_once(any_model, monkeypatch):
     """At the same time, later, after a turn more, and with a beginning that only one of them has."""
+    monkeypatch.setattr(Engine, "PREFILL_MULTIPLE", 1)  # padding is not counted
     system, (one, two, three) = list(range(20, 50)), ([60, 61], [70, 71, 72], [80])
     engine, answers = Engine(any_model, prefix_rows=4), []
 
@@ -339,6 +373,7 @@ def test_pieces_prefixes_and_cancelled_requests_change_no_answer(plan, max_batch
         list(range(50, 80)),
     )
     engine.PREFILL_CHUNK = engine.PREFILL_BETWEEN = limit
+    engine.PREFILL_MULTIPLE = 1 + limit % 4
     for index, (wait, shared, own, count, cancelled) in enumerate(plan):
         for _ in range(wait):
             engine.step()
@@ -445,7 +480,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["model.inference.engine.KVCache", "model.inference.engine.Engine.prefill"])
+@pytest.mark.parametrize("where", ["model.inference.engine.KVCache.grow", "model.inference.engine.Engine.prefill"])
 def test_without_memory_only_the_requests_being_admitted_fail(model, monkeypatch, error, where):
     prompts = random_prompts(4, seed=3)
     expected = [greedy_without_cache(model, prompt, 12) for prompt in prompts]
@@ -455,10 +490,9 @@ def test_without_memory_only_the_requests_being_admitted_fail(model, monkeypatch
         engine.step()
     failing = [engine.add(prompt, GREEDY) for prompt in prompts[1:3]]
 
-    def no_memory(*arguments):
+    def no_memory(*arguments, **options):
         raise error
 
-    no_memory.bytes_needed = KVCache.bytes_needed
     with monkeypatch.context() as patch:
         patch.setattr(where, no_memory)
         deltas = engine.step()
@@ -507,12 +541,12 @@ def test_a_context_beyond_memory_is_one_line(model, monkeypatch):
     assert Engine(model).generate([[5]], GREEDY)[0].finish_reason == "length"
     engine = Engine(model)  # where there is room for one row, the others wait
     assert [request.finish_reason for request in engine.generate([[5], [6], [7]], GREEDY)] == ["length"] * 3
-    assert engine.cache.batch == 1
+    assert engine.lane.cache.batch == 1
     memory.available = 3 * one_row
     engine = Engine(model)
     parameters = [dataclasses.replace(GREEDY, max_new_tokens=count) for count in (3, 4, 5, 6)]
     requests = engine.generate([[5], [6], [7], [8]], parameters)
-    assert [len(request.token_ids) for request in requests] == [3, 4, 5, 6] and engine.cache.batch == 3
+    assert [len(request.token_ids) for request in requests] == [3, 4, 5, 6] and engine.lane.cache.batch == 3
     memory.available = one_row
     memory.available -= 1
     with pytest.raises(UserError, match="--max_seq_len 64"):
@@ -525,12 +559,26 @@ def test_keys_and_values_stay_within_their_cap(model, monkeypatch):
     prompts = [[token] * 30 for token in range(5, 12)]
     engine = Engine(model, max_cache_bytes=3 * row + 45 * row // 64, prefix_rows=16)
     finished = []
-    requests = [engine.add(prompt, GREEDY) for prompt in prompts]
+    requests, peaks = [engine.generate([prompts[0]], GREEDY)[0]], []  # of which a prefix is kept
+    new_zeros = torch.Tensor.new_zeros
+
+    def watched(tensor, *shape, **options):
+        held = [part for part in (*engine.lane.cache.keys, *engine.lane.cache.values)]
+        held += [part for saved in engine.prefixes.values() for part in saved]
+        new = new_zeros(tensor, *shape, **options)
+        if len(shape) == 4:  # of the cache
+            peaks.append(sum(part.nbytes for part in held) + new.nbytes)
+        return new
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", watched)
+    requests += [engine.add(prompt, GREEDY) for prompt in prompts[1:]]
     while engine.has_work:
         finished += [delta.request for delta in engine.step() if delta.finish_reason]
         kept = sum(part.nbytes for saved in engine.prefixes.values() for part in saved)
-        assert len(engine.rows) <= 3 and engine.cache.batch * row + kept <= engine.max_cache_bytes
-    assert finished == requests, "first come, first served"
+        assert len(engine.rows) <= 3 and engine.lane.cache.batch * row + kept <= engine.max_cache_bytes
+    assert finished == requests[1:], "first come, first served"
+    old = row // 4  # keys of one layer, of the one row that there was
+    assert peaks and max(peaks) <= engine.max_cache_bytes + old, "while it grows, too, but for what is being copied"
     for request, prompt in zip(requests, prompts):
         assert request.token_ids == greedy_without_cache(model, prompt, 12)
     assert list(engine.prefixes) == [(None, tuple(prompts[-1] + requests[-1].token_ids[:-1]))], "it takes 41 of the 45"
@@ -557,6 +605,40 @@ def test_8_bit_weights_answer_alike_alone_and_together():
     assert [len(request.token_ids) for request in requests] == [12] * 9
 
 
+def test_a_cache_that_cannot_grow_stays_as_it_was(monkeypatch):
+    config = LMConfig(dim=32, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=10)
+    cache, new_zeros = KVCache(config, 2, 5), torch.Tensor.new_zeros
+    for number, storage in enumerate((*cache.keys, *cache.values)):
+        storage.fill_(number + 1)
+    cache.lengths[:] = torch.tensor([4, 2])
+
+    def failing_at(call, calls):
+        def zeros(tensor, *shape, **options):
+            if next(calls) == call:
+                raise MemoryError
+            return new_zeros(tensor, *shape, **options)
+
+        return zeros
+
+    for call in range(6):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(torch.Tensor, "new_zeros", failing_at(call, itertools.count()))
+            cache.grow(4)
+        assert cache.batch == 2 and cache.lengths.tolist() == [4, 2]
+    cache.grow(3)
+    assert cache.lengths.tolist() == [4, 2, 0]
+    for number, storage in enumerate((*cache.keys, *cache.values)):
+        assert storage.shape == (3, 2, 5, 8) and (storage[:2] == number + 1).all() and not storage[2].any()
+    cache.keys[0][0, 0, 0] = 7.0
+    cache.lengths[2] = 1
+    cache.swap_rows(0, 2)
+    assert (
+        cache.lengths.tolist() == [1, 2, 4]
+        and (cache.keys[0][2, 0, 0] == 7).all()
+        and (cache.keys[1][2, :, :4] == 2).all()
+    )
+
+
 def limited_steps(monkeypatch, most=50):
     """From here on an engine that makes more than `most` steps is one that never ends."""
     step, left = Engine.step, iter(range(most))
@@ -579,7 +661,7 @@ def test_cancelling_during_stream_and_generate_ends_them(model, monkeypatch):
 
     def cancel_the_others(request):
         ended.append(request)
-        for other in [*engine.running, *engine.waiting]:
+        for other in [*engine.lane.running, *engine.waiting]:
             if other is not request:
                 engine.cancel(other)
 
@@ -641,7 +723,7 @@ def test_fixed_shapes_for_compiled_code_change_no_answer(any_model, monkeypatch,
     requests = engine.generate(prompts, wanted)
     for index, request in enumerate(requests):
         assert request.token_ids == expected[index][: wanted[index].max_new_tokens]
-    assert batches == ({engine.cache.batch} if uses_graphs else {1})
+    assert batches == ({engine.lane.cache.batch} if uses_graphs else {1})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -712,39 +794,79 @@ def test_each_adapter_answers_as_the_model_merged_with_it_and_leaves_the_base_as
     assert all(torch.equal(tensor, base[name]) for name, tensor in engine.model.state_dict().items())
 
 
-@pytest.mark.parametrize("max_batch", [1, 2, 16])
-def test_requests_of_different_adapters_run_in_the_order_they_came(max_batch, monkeypatch):
+@pytest.mark.parametrize("max_batch", [1, 2, 4, 16])
+def test_requests_of_different_adapters_take_turns_and_rows_in_the_order_they_came(max_batch, monkeypatch):
     engine, models = engine_with_adapters(monkeypatch, max_batch)
     names = ["a", "a", "b", None, "b", "b", "b", "a", None, None]
     prompts = random_prompts(len(names), seed=7)
     lengths = [5, 12, 3, 4, 9, 2, 6, 3, 8, 2]
     wanted = [dataclasses.replace(GREEDY, max_new_tokens=length) for length in lengths]
-    requests = [engine.add(*each) for each in zip(prompts, wanted, names)]
-    begun, shared = [], []
+    requests, open_before = [engine.add(*each) for each in zip(prompts, wanted, names)], []
     while engine.has_work:
         answered = [delta.request for delta in engine.step()]
-        assert len({request.adapter for request in answered}) == 1
-        begun += [request for request in answered if request not in begun]
-        shared.append(len(answered))
-    assert begun == requests and max(shared) == min(3, max_batch)
+        assert len({request.adapter for request in answered}) <= 1 and len(engine.rows) <= max_batch
+        waiting = [requests.index(request) for request in engine.waiting]
+        assert waiting == sorted(waiting) and not set(engine.waiting) & set(engine.rows)
+        started = [number for number in range(10) if number not in waiting]
+        assert len([number for number in started if number > min(waiting, default=10)]) < max_batch, (
+            "in the order they came"
+        )
+        open_before.append(len(engine.rows))
     for request, prompt, name, length in zip(requests, prompts, names, lengths):
         assert request.token_ids == greedy_without_cache(models[name], prompt, length)
 
 
-def test_who_waits_for_another_adapter_and_is_cancelled_holds_up_nobody(monkeypatch):
+def test_nobody_waits_for_the_end_of_an_answer_with_another_adapter(monkeypatch):
+    """Three in use at once: each gets every third step, and a weight that is in use again is not packed again."""
     engine, models = engine_with_adapters(monkeypatch)
-    prompts = random_prompts(3, seed=8)
-    first, second, third = (engine.add(ids, GREEDY, name) for ids, name in zip(prompts, ("a", "b", "a")))
-    for _ in range(3):
-        engine.step()
-    assert engine.running == [first] and list(engine.waiting) == [second, third]
-    engine.cancel(second)
-    engine.step()
-    assert engine.running == [first, third]
+    monkeypatch.setattr(Engine, "PREFILL_MULTIPLE", 1)
+    prompts, names = random_prompts(3, seed=8), (None, "a", "b")
+    parameters = dataclasses.replace(GREEDY, max_new_tokens=20)
+    requests = [engine.add(*each) for each in zip(prompts, [parameters] * 3, names)]
+    answered = [[delta.request for delta in engine.step()] for _ in range(30)]
+    assert answered == [[request] for request in requests] * 10
+    packed = []
+    monkeypatch.setattr(PackedLinear, "pack", lambda self, weight: packed.append(self))
+    answered = [[delta.request for delta in engine.step()] for _ in range(12)]
+    assert answered == [[request] for request in requests] * 4 and not packed
+    engine.cancel(requests[1])
+    assert [[delta.request for delta in engine.step()] for _ in range(4)] == [[requests[0]], [requests[2]]] * 2
+    assert set(engine.lanes) == {None, "b"}, "nothing is kept for the adapter that nobody uses"
     finish(engine)
-    assert [request.token_ids for request in (first, third)] == [
-        greedy_without_cache(models["a"], ids, 12) for ids in (prompts[0], prompts[2])
-    ]
+    for request, prompt, name in zip(requests, prompts, names):
+        assert request.token_ids == greedy_without_cache(models[name], prompt, 20)[: len(request.token_ids)]
+
+
+def test_lanes_share_the_rows_and_the_memory(monkeypatch):
+    row = 2 * 2 * (2 * 8) * 64 * 4
+    engine, models = engine_with_adapters(monkeypatch, max_batch=3)
+    engine.max_cache_bytes = 3 * row
+    prompts, names = random_prompts(9, seed=11), ("a", "b", None, "b", "b", "a", None, "a", None)
+    requests = [engine.add(prompt, GREEDY, name) for prompt, name in zip(prompts, names)]
+    while engine.has_work:
+        engine.step()
+        caches = [lane.cache for lane in engine.lanes.values() if lane.cache is not None]
+        assert sum(cache.batch for cache in caches) <= 3 and len(engine.rows) <= 3
+    for request, prompt, name in zip(requests, prompts, names):
+        assert request.token_ids == greedy_without_cache(models[name], prompt, 12)
+
+
+def test_an_adapter_is_removed_when_its_requests_are_done(monkeypatch):
+    engine, models = engine_with_adapters(monkeypatch)
+    engine.prefix_rows = 4
+    request = engine.add([5, 6, 7], GREEDY, "a")
+    for _ in range(2):  # waiting, then running
+        with pytest.raises(UserError, match="'a' cannot be removed now"):
+            engine.remove_adapter("a")
+        engine.step()
+    finish(engine)
+    engine.remove_adapter("a")
+    engine.remove_adapter("never there")
+    with pytest.raises(UserError, match="no adapter is called 'a'; there is: b"):
+        engine.add([5], GREEDY, "a")
+    assert request.token_ids == greedy_without_cache(models["a"], [5, 6, 7], 12)
+    assert "a" not in {key[0] for key in (*engine.packed, *engine.prefixes)}
+    assert engine.generate([[5, 6, 7]], GREEDY)[0].token_ids == greedy_without_cache(models[None], [5, 6, 7], 12)
 
 
 def test_an_unknown_adapter_is_one_line(model, monkeypatch):
