@@ -332,7 +332,7 @@ def test_bad_input_gets_one_line(run, tmp_path, out_dir):
         failed(run(script, "--device", "cuda:77"), "--device cuda:77")
         for device in ("meta", "xpu", "vulkan", "none"):
             failed(run(script, "--device", device), f"--device {device}: not", "use auto, cpu", code=2)
-        failed(run(script, "--max_seq_len", 10**12, "--rope_scaling", "yarn"), f"{10**12}: needs ", " GB")
+        failed(run(script, "--max_seq_len", 10**12, "--rope_scaling", "yarn"), f"{10**12}: a request needs ", " GB")
         failed(run(script, "--prompt_file", tmp_path / "none.txt"), "none.txt: no such file")
 
 
