@@ -84,13 +84,18 @@ def describe_adapter(model, matrices):
     return f"adapter on {len(matrices)} matrices: {counts}\n{trained:,} of {total:,} parameters train ({trained / total:.2%})"
 
 
-def adapter_weights(model):
-    """The adapter that add_adapter has put on `model`, as its file holds it: {name: tensor}."""
+def adapter_parameters(model):
+    """{name in its file: parameter} of the adapter that add_adapter has put on `model`."""
     return {
-        name.replace(f".{PEFT_NAME}.", "."): parameter.detach()
+        name.replace(f".{PEFT_NAME}.", "."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def adapter_weights(model):
+    """The adapter that add_adapter has put on `model`, as its file holds it: {name: tensor}."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
 
 
 @torch.no_grad()
