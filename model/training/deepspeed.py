@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -166,7 +167,7 @@ def check(settings, device, dtype, world_size):
 def import_deepspeed(device):
     """The package deepspeed, set up for `device` and quiet."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else a CPU beside a GPU would not be taken
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")  # for what it calls
     import deepspeed  # takes seconds
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
