@@ -148,7 +148,9 @@ class TrainingSettings(Checked):
         most=3,
     )
     offload: bool = flag(False, "--deepspeed keeps the optimizer's state, in stage 3 weights too, in the host's memory")
-    fsdp: bool = flag(False, "divide weights, gradients and optimizer state among the processes (FSDP2), as ZeRO 3 does")
+    fsdp: bool = flag(
+        False, "divide weights, gradients and optimizer state among the processes (FSDP2), as ZeRO 3 does"
+    )
     num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)
     log_interval: int = flag(10, "steps between log lines (default: {default})", least=1)
     eval_interval: int = flag(500, "steps between validations (default: {default})", least=1)

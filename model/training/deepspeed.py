@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,147 +20,20 @@ from model.checkpoint import check_fits
 from model.errors import UserError
 from model.model import MOEFeedForward
 from model.training import ranks
+from model.training.deepspeed_config import WRITTEN, make_config
 from model.training.optimizer import set_learning_rates
 from model.training.strategy import DataParallel
 
-FILE = "--deepspeed"
-WRITTEN = "auto"  # --deepspeed without a file
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET = 50_000_000  # numbers that travel together; DeepSpeed's own 500 million take gigabytes beside a small model
-# Section of a file that names a number format -> the --dtype it stands for; torch_autocast says it itself.
-FORMATS = {"bf16": "bfloat16", "fp16": "float16"}
-
-
-def make_config(settings, device, dtype, world_size):
-    """DeepSpeed's configuration for the flags, a dict: that of the --deepspeed file, without one a good one.
-
-    settings: resolved TrainingSettings; device, dtype: torch's. Raises UserError for a file that cannot be read or says
-    otherwise than the flags, and for flags that do not go together.
-    """
-    given = {} if settings.deepspeed == WRITTEN else read_config(settings.deepspeed)
-    check_numbers(given, settings, world_size)
-    stage = check_stage(given, settings)
-    zero = {"stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET}
-    if stage:
-        zero["overlap_comm"] = device.type == "cuda"
-    zero = {**(zero if settings.deepspeed == WRITTEN else {}), **given.get("zero_optimization", {}), "stage": stage}
-    if settings.offload:
-        place = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        for name in ("offload_optimizer", "offload_param")[: 2 if stage == 3 else 1]:
-            zero[name] = {**place, **zero.get(name, {})}
-    config = {**without_formats(given, settings, dtype, stage), "zero_optimization": zero}
-    config.update(
-        train_micro_batch_size_per_gpu=settings.batch_size,
-        gradient_clipping=settings.grad_clip,
-        zero_allow_untested_optimizer=True,
-        zero_force_ds_cpu_optimizer=False,  # it would have to be compiled first
-        steps_per_print=None,
-    )
-    for name in ("train_batch_size", "gradient_accumulation_steps"):
-        config.pop(name, None)  # the loop itself divides by what a whole step holds
-    return config
-
-
-def read_config(path):
-    """The dict in a DeepSpeed configuration file, without what is "auto". Raises UserError."""
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        way_out = "without a file --deepspeed makes a configuration for the flags"
-        raise UserError(f"{FILE} {path}: no such file; {way_out}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{FILE} {path}: not JSON ({error})") from None
-    config = without_auto(config)
-    sections = ("zero_optimization", "torch_autocast", *FORMATS)
-    if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in sections):
-        raise UserError(f"{FILE} {path}: no configuration of DeepSpeed: expected an object of objects and numbers")
-    return config
-
-
-def without_auto(value):
-    """`value` without entries that are "auto", which trainers that read such files put the flags' values for."""
-    if not isinstance(value, dict):
-        return value
-    return {name: without_auto(part) for name, part in value.items() if part != "auto"}
-
-
-def check_numbers(given, settings, world_size):
-    """UserError where the file says otherwise than the flags or what is theirs alone."""
-    rows = settings.batch_size * settings.accumulation_steps * world_size
-    expected = {
-        "train_batch_size": (rows, "--batch_size x --accumulation_steps x processes"),
-        "train_micro_batch_size_per_gpu": (settings.batch_size, "--batch_size"),
-        "gradient_accumulation_steps": (settings.accumulation_steps, "--accumulation_steps"),
-        "gradient_clipping": (settings.grad_clip, "--grad_clip"),
-        "gradient_allreduce_op": ("mean", "the loop's division"),
-        "managed_gradient_accumulation": (True, "the loop's accumulation"),
-    }
-    for name, (value, flags) in expected.items():
-        if given.get(name, value) != value:
-            raise contradiction(settings, name, f"is {given[name]}, and {flags} is {value}")
-    for name, flags in (("optimizer", "--optimizer, --learning_rate and --weight_decay"), ("scheduler", "--warmup_iters")):
-        if name in given:
-            raise contradiction(settings, name, f"is what {flags} say")
-
-
-def check_stage(given, settings):
-    """The ZeRO stage that file and flags ask for together. Raises UserError where they do not fit."""
-    zero = given.get("zero_optimization", {})
-    stage = zero.get("stage", 2 if settings.deepspeed == WRITTEN else 0)
-    if settings.zero_stage is not None:
-        if "stage" in zero and stage != settings.zero_stage:
-            raise contradiction(settings, "zero_optimization.stage", f"is {stage}, and --zero_stage {settings.zero_stage}")
-        stage = settings.zero_stage
-    if stage not in (0, 1, 2, 3):
-        raise contradiction(settings, "zero_optimization.stage", f"is {stage!r}, which is none of 0, 1, 2, 3")
-    if settings.offload and any(part.get("device", "cpu") != "cpu" for part in offloads(zero)):
-        raise contradiction(settings, "zero_optimization.offload_*.device", "is not cpu, which --offload means")
-    for flag, wrong, problem in (
-        ("--offload", settings.offload and stage == 0, "has nothing to move; --zero_stage 1, 2 and 3 have"),
-        ("--compile", settings.compile and stage == 3, "cannot compile weights that come and go; leave it out"),
-        (
-            "--optimizer muon",
-            settings.optimizer == "muon" and stage > 0,
-            "cuts matrices into pieces, and Muon needs whole ones; use --zero_stage 0 or --optimizer adamw",
-        ),
-    ):
-        if wrong:
-            raise UserError(f"{flag}: ZeRO stage {stage} {problem}", exit_code=2)
-    return stage
-
-
-def offloads(zero):
-    return [zero[name] for name in ("offload_optimizer", "offload_param") if isinstance(zero.get(name), dict)]
-
-
-def without_formats(given, settings, dtype, stage):
-    """`given` without sections that only say what the loop does anyway, autocast over float32 weights. What stays are bf16
-    and fp16: weights in 16 bits beside float32 ones in the optimizer. Raises UserError where one contradicts --dtype."""
-    own, config = str(dtype).removeprefix("torch."), dict(given)
-    autocast = config.pop("torch_autocast", {})
-    for name in (*FORMATS, "torch_autocast"):
-        section = given.get(name, {})
-        if not section.get("enabled"):
-            config.pop(name, None)
-            continue
-        stands_for = FORMATS.get(name) or str(autocast.get("dtype", "bfloat16")).removeprefix("torch.")
-        if stands_for != own:
-            raise contradiction(settings, name, f"is enabled, and --dtype is {own}")
-        if name in FORMATS and stage == 0:
-            raise contradiction(settings, name, f"serves ZeRO stages 1 to 3; in stage 0 --dtype {own} is enough")
-    return config
-
-
-def contradiction(settings, name, problem):
-    """UserError on `name` in the file."""
-    return UserError(f"{FILE} {settings.deepspeed}: {name} {problem}; leave it out of the file", exit_code=2)
 
 
 def check(settings, device, dtype, world_size):
-    """UserError for --deepspeed where it could not work, before anything is read; arguments as of make_config."""
+    """UserError where --deepspeed could not work, before anything is read; arguments as of make_config."""
     make_config(settings, device, dtype, world_size)
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("--deepspeed: DeepSpeed is not installed: pip install deepspeed (on Linux), or leave the flag out")
+        raise UserError(
+            "--deepspeed: DeepSpeed is not installed: pip install deepspeed (on Linux), or leave the flag out"
+        )
 
 
 def import_deepspeed(device):
@@ -189,6 +61,8 @@ class DeepSpeed(DataParallel):
         self.deepspeed.init_distributed()
         if dtype != torch.float32:  # the engine switches off the loop's autocast on its way to the model
             self.model.forward = torch.autocast(device.type, dtype)(self.model.forward)
+        if settings.compile:
+            self.model.compile(dynamic=dynamic)
         self.before_engine()
         try:
             self.engine = self.deepspeed.initialize(
@@ -198,9 +72,7 @@ class DeepSpeed(DataParallel):
             if settings.deepspeed == WRITTEN:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{FILE} {settings.deepspeed}: DeepSpeed does not take it: {reason}") from None
-        if settings.compile:
-            self.engine.compile(compile_kwargs={"dynamic": dynamic})
+            raise UserError(f"--deepspeed {settings.deepspeed}: DeepSpeed does not take it: {reason}") from None
         return self.engine
 
     def before_engine(self):
@@ -227,19 +99,15 @@ class ZeRO(DeepSpeed):
         super().make_runner(settings, device, dtype, dynamic)
         self.partitioned = self.engine.optimizer
         self.make_moments()
-        if dtype == torch.float16:
-            self.partitioned.loss_scaler = self.make_scaler()
+        self.probe = torch.optim.SGD([torch.zeros((), device=device, requires_grad=True)])
+        self.scaler.scale(torch.zeros((), device=device))  # from now on it knows its device
+        self.use_scale()
         return self.engine
 
-    def make_scaler(self):
-        """DeepSpeed's loss scaler that does as the GradScaler of plain training."""
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-
-        start = self.scaler.state_dict()
-        return DynamicLossScaler(
-            start["scale"], start["growth_interval"], min_scale=0.5, delayed_shift=1,
-            consecutive_hysteresis=False, raise_error_at_min_scale=False,
-        )  # fmt: skip
+    def use_scale(self):
+        """Have DeepSpeed multiply losses by the scaler's number and divide gradients by it in its step."""
+        if self.scaler.is_enabled():
+            self.partitioned.loss_scale = self.scaler.get_scale()
 
     def make_moments(self):
         """AdamW's state as before its first step, which would make it too late: DeepSpeed looks for it once."""
@@ -268,10 +136,10 @@ class ZeRO(DeepSpeed):
         norms = torch.stack([torch.as_tensor(norm) for norm in norms])
         # DeepSpeed gives -1 for a norm that is not finite.
         norm = torch.where((norms < 0).any(), torch.inf, torch.linalg.vector_norm(norms))
-        return norm / self.partitioned.loss_scale
-
-    def overflowed(self, norm):
-        return self.scaler.is_enabled() and norm == torch.inf and self.partitioned.loss_scale >= 1
+        (only,) = self.probe.param_groups[0]["params"]
+        only.grad = norm.to(only.device, only.dtype)
+        self.scaler.unscale_(self.probe)  # what it must know of the gradients, their norm tells
+        return only.grad
 
     def clip(self, norm, limit):
         pass  # step() does, to gradient_clipping of the configuration
@@ -279,6 +147,8 @@ class ZeRO(DeepSpeed):
     def step(self, factor, skip=False):
         set_learning_rates(self.optimizers, factor)
         self.engine.step()  # which skips gradients that are not finite by itself
+        self.scaler.update()
+        self.use_scale()
 
     def forget_gradients(self):
         self.partitioned.zero_grad()
@@ -325,11 +195,8 @@ class ZeRO(DeepSpeed):
         for index, parameter in enumerate(self.parameters):
             get = self.deepspeed.utils.safe_get_full_optimizer_state
             moments = {name: self.gathered(get(parameter, name)) for name in MOMENTS}
-            state[index] = {"step": step, **moments}
-        scaler, own = self.scaler.state_dict(), self.partitioned.loss_scaler
-        if scaler:
-            scaler.update(scale=own.cur_scale, _growth_tracker=own.cur_iter - own.last_overflow_iter - 1)
-        return {"optimizers": [{"state": state, "param_groups": self.groups}], "scaler": scaler}
+            state[index] = {"step": step.clone(), **moments}  # each its own, for optimizers count it up in place
+        return {"optimizers": [{"state": state, "param_groups": self.groups}], "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state):
         (optimizer,) = state["optimizers"]
@@ -340,10 +207,8 @@ class ZeRO(DeepSpeed):
             for index, parameter in enumerate(self.parameters):
                 for name in MOMENTS:
                     self.put(parameter, optimizer["state"][index][name], name)
-        if self.scaler.is_enabled():
-            own = self.partitioned.loss_scaler
-            own.cur_scale, own.last_overflow_iter = state["scaler"]["scale"], -1
-            own.cur_iter = state["scaler"]["_growth_tracker"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.use_scale()
 
     def check_moments(self, state):
         """ValueError for a state of other parameters, as DataParallel's."""

@@ -48,6 +48,8 @@ def start(settings):
     """Join the ranks and seed the random generators; returns the torch.device to train on."""
     if settings.local_rank is not None:  # from an older launcher than torchrun, which says it by the environment
         os.environ.setdefault("LOCAL_RANK", str(settings.local_rank))
+    if "LOCAL_SIZE" in os.environ:  # from DeepSpeed's launcher, under its own name
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     device = select_device(settings.device)
     ranks.initialise(device)
     if settings.deepspeed is not None:
