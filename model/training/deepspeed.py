@@ -55,6 +55,7 @@ class DeepSpeed(DataParallel):
         config = make_config(settings, device, dtype, ranks.world_size())
         ranks.print_once(f"DeepSpeed: {json.dumps(config)}")
         self.deepspeed = import_deepspeed(device)
+        os.environ.setdefault("LOCAL_RANK", "0")
         if not dist.is_initialized():  # one process, which no launcher has started
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
