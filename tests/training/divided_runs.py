@@ -4,6 +4,7 @@ writes what came out of them to <out>/results.pt.
     PYTHONPATH=.:tests deepspeed --num_gpus=2 tests/training/divided_runs.py <tokenizer> <rows of stage 3> <out> <script flag> ...
 """
 
+import functools
 import runpy
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ FAMILIES = {
     "muon": ("--optimizer muon", ["", ZERO[0], "--fsdp"]),
     "adapter": ("--adapter", ["", ZERO[0], ZERO[2], ZERO[3], "--fsdp"]),
     "checkpointing": ("--gradient_checkpointing", ["", ZERO[2], ZERO[3], "--fsdp"]),
+    "compiled": ("--compile", ["", ZERO[0], ZERO[2], "--fsdp"]),
 }
 RESUMED = [ZERO[2], ZERO[3], f"{ZERO[3]} --offload", f"{ZERO[2]} --dtype float16", "--fsdp"]
 # What trains the first half of a run, what the second.
@@ -134,6 +136,7 @@ def script(*words):
 def main():
     tokenizer, data, out, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     runs, results = Runs(tokenizer, data, out), {}
+    torch.compile = functools.partial(torch.compile, backend="eager")  # without half a minute of C++
     for family, (common, each) in FAMILIES.items():
         for words in each:
             results[family, words] = runs.straight(f"{common} {words}")

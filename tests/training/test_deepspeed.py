@@ -12,7 +12,7 @@ import pytest
 import torch
 from divided_runs import BROKEN, CHANGED, FAMILIES, RESUMED, ZERO
 
-from conftest import CPU_FLAGS, ROOT, TINY_FLAGS, save_chat
+from conftest import CPU_FLAGS, ROOT, TINY_FLAGS, good, run_script, save_chat
 from model.checkpoint import load_model, read_tensors
 from model.files import locked
 
@@ -130,3 +130,20 @@ def test_stages_three_and_four(results):
     assert description["step"] == 2 and model.config.dim == 32
     adapters = [read_tensors(results["out"] / f"lora_{name}_32.pth") for name in ("sft", "other")]
     assert difference(*adapters) < 1e-5 and len(adapters[0]) == 28
+
+
+def test_ctrl_c_under_the_launcher_saves_and_one_process_goes_on(tmp_path, small_tokenizer_path, pretrain_csv):
+    """A terminal sends SIGINT to all processes, and the launcher SIGTERM to its own once more."""
+    words = ["1-pretrain.py", *TINY_FLAGS, "--tokenizer_path", small_tokenizer_path, "--data_path", pretrain_csv]
+    words += ["--out_dir", tmp_path, "--device", "cpu", "--dtype", "float32", "--max_steps", 10**6, "--deepspeed"]
+    process = start(*words, "--batch_size", 2)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    finish(process)
+    step = load_model(tmp_path / "pretrain_32.pth")[1]["step"]
+    (told,) = [line for line in process.output.splitlines() if "stopped and saved" in line]
+    assert f"at step {step:,}/" in told and "torchrun --nproc_per_node 2 1-pretrain.py --dim" in told
+    output = good(run_script(*words, "--batch_size", 4, "--offload", "--resume", "--stop_after", step + 2))
+    assert f"step {step + 2:,}/" in output and '"offload_optimizer": {"device": "cpu"' in output
