@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_loop import arguments, records
+from test_loop import arguments, make_trainer, records
 
 from conftest import TINY, trained_scale
 from model.cli import training_settings
@@ -93,3 +93,30 @@ def test_another_adapters_state_is_one_line(sft_csv, tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=f"lora_test_32.resume.pth: layers.0.attention.*{problem}"):
             make_run(sft_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer, **other).resume()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "moe", "bfloat16", "adapter", "compiled"])
+def test_checkpointed_layers_are_computed_again_and_learn_the_same(sft_csv, tmp_path, tokenizer, request, stage):
+    """With dropout, whose random numbers must come again too."""
+    if stage == "compiled":
+        request.getfixturevalue("traced_only")
+    words = {"moe": ["--use_moe"], "bfloat16": ["--dtype", "bfloat16"], "compiled": ["--compile"]}.get(stage, [])
+    calls, weights, losses = [], [], []
+    for more in ([], ["--gradient_checkpointing"]):
+        flags = [*words, "--max_steps", 2, "--accumulation_steps", 2, "--eval_interval", 9, "--eval_tokens", 1, *more]
+        if stage == "adapter":
+            run = make_run(sft_csv, tmp_path / str(len(more)), *flags, tokenizer=tokenizer, lora_dropout=0.1)
+        else:
+            flags += ["--dropout", 0.1]
+            run = make_trainer(sft_csv, tmp_path / str(len(more)), *flags, tokenizer=tokenizer, sft=True)
+        counted, norm = [], run.model.layers[1].attention_norm  # eager even where a layer's hooks are not
+        norm.register_forward_hook(lambda *_, counted=counted: counted.append(torch.is_grad_enabled()))
+        run.train()
+        calls.append(sum(counted))
+        weights.append(run.strategy.weights())
+        losses.append([record["loss"] for record in records(run) if "loss" in record])
+    assert losses[0] == losses[1]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6 if stage == "compiled" else 0)
+    if stage != "compiled":
+        assert calls == [4, 8]  # micro-batches
