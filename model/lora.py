@@ -215,10 +215,10 @@ def check_peft_folder(path):
     refuse_foreign(path, PEFT_FILES)
 
 
-def save_peft_folder(path, model, settings, matrices, base):
-    """Write the adapter on `model` as the folder that PeftModel.from_pretrained(base model, path) reads, complete or not
-    at all. base: file or folder of the base's weights, which peft's configuration names."""
-    weights = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter_weights(model).items()}
+def save_peft_folder(path, weights, settings, matrices, base):
+    """Write an adapter's weights, as adapter_weights gives them, as the folder that PeftModel.from_pretrained(base model,
+    path) reads, complete or not at all. base: file or folder of the base's weights, which peft's configuration names."""
+    weights = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in weights.items()}
     config = peft_config(settings, matrices, base_model_name_or_path=str(base), inference_mode=True)
     with atomic_folder(path) as folder:
         (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))

@@ -30,8 +30,7 @@ class FullySharded(DataParallel):
         return torch.compile(self.model, dynamic=dynamic) if settings.compile else self.model
 
     def micro_batch(self, last):
-        self.model.set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
+        return contextlib.nullcontext()  # gradients travel after every pass: they would be kept whole until the last
 
     def gradient_norm(self):
         return super().gradient_norm().full_tensor()

@@ -149,7 +149,17 @@ def main():
     leave, ranks.shut_down = ranks.shut_down, lambda: None  # the scripts are not the last to leave
     results["scripts"] = [
         script("3-full_sft.py", *flags, "--data_path", data, "--deepspeed", "--local_rank=0"),
-        script("4-lora_sft.py", *flags, "--data_path", data, "--deepspeed", "--zero_stage", "3"),
+        script(
+            "4-lora_sft.py",
+            *flags,
+            "--data_path",
+            data,
+            "--deepspeed",
+            "--zero_stage",
+            "3",
+            "--save_peft",
+            out + "/peft",
+        ),
         script("4-lora_sft.py", *flags, "--data_path", data, "--fsdp", "--lora_name", "other"),
     ]
     if ranks.is_main():

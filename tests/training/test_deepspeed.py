@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from divided_runs import BROKEN, CHANGED, FAMILIES, RESUMED, ZERO
 
@@ -130,6 +131,8 @@ def test_stages_three_and_four(results):
     assert description["step"] == 2 and model.config.dim == 32
     adapters = [read_tensors(results["out"] / f"lora_{name}_32.pth") for name in ("sft", "other")]
     assert difference(*adapters) < 1e-5 and len(adapters[0]) == 28
+    peft = safetensors.torch.load_file(results["out"] / "peft/adapter_model.safetensors")
+    assert difference({name.removeprefix("base_model.model."): part for name, part in peft.items()}, adapters[0]) == 0
 
 
 def test_ctrl_c_under_the_launcher_saves_and_one_process_goes_on(tmp_path, small_tokenizer_path, pretrain_csv):
