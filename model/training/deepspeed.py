@@ -36,15 +36,20 @@ def check(settings, device, dtype, world_size):
         )
 
 
-def import_deepspeed(device):
-    """The package deepspeed, set up for `device` and quiet."""
+def start_deepspeed(device):
+    """The package deepspeed, quiet and with a process group, also where no launcher has started this process."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # else a CPU beside a GPU would not be taken
+    os.environ.setdefault("LOCAL_RANK", "0")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")  # for what it calls
     import deepspeed  # takes seconds
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if device.type == "cpu":  # a faster all-reduce that would be compiled first, for minutes; it goes by gloo without
+    if device.type == "cpu":  # a faster all-reduce that would be compiled first, for minutes; without, it goes by gloo
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed()
     return deepspeed
 
 
@@ -54,27 +59,25 @@ class DeepSpeed(DataParallel):
     def make_runner(self, settings, device, dtype, dynamic):
         config = make_config(settings, device, dtype, ranks.world_size())
         ranks.print_once(f"DeepSpeed: {json.dumps(config)}")
-        self.deepspeed = import_deepspeed(device)
-        os.environ.setdefault("LOCAL_RANK", "0")
-        if not dist.is_initialized():  # one process, which no launcher has started
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self.deepspeed.init_distributed()
+        self.deepspeed = start_deepspeed(device)
         if dtype != torch.float32:  # the engine switches off the loop's autocast on its way to the model
             self.model.forward = torch.autocast(device.type, dtype)(self.model.forward)
         if settings.compile:
             self.model.compile(dynamic=dynamic)
         self.before_engine()
+        self.engine = self.make_engine(config, settings)
+        return self.engine
+
+    def make_engine(self, config, settings):
+        """DeepSpeed's engine around model and optimizer. Raises UserError where it refuses what is in a file."""
+        options = dict(model=self.model, optimizer=self.optimizers[-1], config=config, dist_init_required=False)
         try:
-            self.engine = self.deepspeed.initialize(
-                model=self.model, optimizer=self.optimizers[-1], config=config, dist_init_required=False
-            )[0]
+            return self.deepspeed.initialize(**options)[0]
         except (ValueError, AssertionError, TypeError, KeyError) as error:
             if settings.deepspeed == WRITTEN:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"--deepspeed {settings.deepspeed}: DeepSpeed does not take it: {reason}") from None
-        return self.engine
 
     def before_engine(self):
         """What must be known or done while the model is still in one piece."""

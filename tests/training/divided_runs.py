@@ -29,6 +29,7 @@ FAMILIES = {
     "muon": ("--optimizer muon", ["", ZERO[0], "--fsdp"]),
     "adapter": ("--adapter", ["", ZERO[0], ZERO[2], ZERO[3], "--fsdp"]),
     "checkpointing": ("--gradient_checkpointing", ["", ZERO[2], ZERO[3], "--fsdp"]),
+    "validation": ("--batch_size 1 --eval_tokens 10", ["", ZERO[3], "--fsdp"]),  # ends before the rows do
     "compiled": ("--compile", ["", ZERO[0], ZERO[2], "--fsdp"]),
 }
 RESUMED = [ZERO[2], ZERO[3], f"{ZERO[3]} --offload", f"{ZERO[2]} --dtype float16", "--fsdp"]
