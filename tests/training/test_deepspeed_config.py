@@ -32,11 +32,14 @@ def test_without_a_file_the_flags_make_one():
     assert not {"gradient_accumulation_steps", "train_batch_size", "optimizer", "scheduler"} & made.keys()
 
 
-def test_offload_moves_what_a_stage_divides():
+def test_offload_moves_what_a_stage_divides(tmp_path):
     second, third = (config(zero_stage=stage, offload=True, kind="cuda")["zero_optimization"] for stage in (2, 3))
     place = {"device": "cpu", "pin_memory": True}
     assert second["offload_optimizer"] == place and "offload_param" not in second
     assert third["offload_optimizer"] == third["offload_param"] == place
+    given = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": False}}}
+    made = config(given, tmp_path, offload=True, kind="cuda")["zero_optimization"]
+    assert made == given["zero_optimization"]  # how, a file may say
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
