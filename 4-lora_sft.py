@@ -91,7 +91,8 @@ def main():
         trainer.resume()
     if trainer.train():
         if args.save_peft:
-            on_main(lambda: save_peft_folder(args.save_peft, model, lora, matrices, base))
+            weights = trainer.strategy.weights()
+            on_main(lambda: save_peft_folder(args.save_peft, weights, lora, matrices, base))
             print_once(f"{args.save_peft} is written, for peft")
         path, start_from = shlex.quote(str(trainer.path)), shlex.quote(str(base))
         print_once(

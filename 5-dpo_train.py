@@ -31,7 +31,10 @@ def parse_arguments():
     held_out = "held-out pairs (default: one in twenty of --data_path)"
     parser.add_argument("--validation_path", metavar="JSON", help=held_out)
     defaults = dict(data_path=STAGE.data_path, learning_rate=1e-5, weight_decay=0.0, wandb_project="MiniMind-DPO")
-    add_training_flags(parser, epochs=1, model=ShapeSettings, eval_interval=20, save_interval=20, **defaults)
+    whole = ("deepspeed", "zero_stage", "offload", "fsdp")  # the reference must be whole, and so is the policy
+    add_training_flags(
+        parser, epochs=1, model=ShapeSettings, leave_out=whole, eval_interval=20, save_interval=20, **defaults
+    )
     return parser.parse_args()
 
 

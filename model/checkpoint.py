@@ -267,8 +267,14 @@ def head_fields(state, buffers, overrides, path):
 def load_weights(model, state, path, assign=False):
     """Copy `state` into `model`, every tensor by name and shape; UserError names the first that does not fit. assign: let
     the tensors themselves become the model's."""
+    check_fits(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, path)
+    model.load_state_dict(state, strict=True, assign=assign)
+
+
+def check_fits(state, shapes, path):
+    """UserError names the first tensor of `state`, which `path` holds, that does not fit {name: shape} of a model."""
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {name: tuple(shape) for name, shape in shapes.items()}
     for name in (*found, *expected):
         if name not in expected:
             raise UserError(f"{path}: tensor {name} {found[name]} has no place in a model of this shape")
@@ -277,7 +283,6 @@ def load_weights(model, state, path, assign=False):
         if found[name] != expected[name]:
             shapes = f"{found[name]} in the file but {expected[name]} in the model"
             raise UserError(f"{path}: {name} is {shapes}; check --preset, --dim")
-    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def file_sha256(path):

@@ -42,6 +42,8 @@ def add_flags(parser, settings, title, leave_out=(), **defaults):
         default, kind = defaults.get(field.name, field.default), field.metadata["kind"]
         limits = dict(field.metadata["limits"])
         options = {name: limits.pop(name) for name in ("choices", "metavar") if name in limits}
+        if "alone" in limits:
+            options.update(nargs="?", const=limits.pop("alone"))
         options["help"] = field.metadata["help"].replace("{default}", str(default)).replace("%", "%%")
         if kind is bool:
             options["action"] = "store_true"
@@ -67,17 +69,22 @@ positive_int = checked(int, {"least": 1})
 non_negative_int = checked(int, {"least": 0})
 
 
-def add_training_flags(parser, epochs, model=ModelSettings, **defaults):
-    """The flags of a training stage, with its defaults. model: the dataclass of those that say which model."""
+def add_training_flags(parser, epochs, model=ModelSettings, leave_out=(), **defaults):
+    """The flags of a training stage, with its defaults. model: the dataclass of those that say which model. leave_out:
+    TrainingSettings' fields that the stage does not know."""
     add_flags(parser, model, "model")
     add_flags(parser, DataSettings, "data and checkpoints", **defaults)
-    add_flags(parser, TrainingSettings, "training", epochs=epochs, **defaults)
+    add_flags(parser, TrainingSettings, "training", leave_out, epochs=epochs, **defaults)
     parser.add_argument("--local-rank", dest="local_rank", type=non_negative_int, help=argparse.SUPPRESS)
+    if "deepspeed" not in leave_out:  # DeepSpeed's own scripts take the file so, beside --deepspeed
+        parser.add_argument("--deepspeed_config", help=argparse.SUPPRESS)
     parser.set_defaults(epochs=None, stage_epochs=epochs)
 
 
 def training_settings(args):
     """TrainingSettings of the parsed flags; the stage's own number of epochs holds unless another flag says how long."""
+    if getattr(args, "deepspeed_config", None):
+        args.deepspeed = args.deepspeed_config
     if args.epochs is None and args.max_steps is None and args.max_minutes is None:
         args.epochs = args.stage_epochs
     return from_flags(TrainingSettings, args)

@@ -206,7 +206,7 @@ def command_line(*extra, without=()):
     if getattr(running_script(), "parent", None) != SCRIPTS:
         first = "a Trainer without stop_after, " if "--stop_after" in without else ""
         return f"{first}Trainer.resume(), then Trainer.train()"
-    words, rest = [], iter(sys.argv)
+    words, rest, without = [], iter(sys.argv), {"--local_rank": 1, **dict(without)}  # which a launcher adds itself
     for word in rest:
         name, equals, _ = word.partition("=")
         left_out = next((flag for flag in without if len(name) > 2 and flag.startswith(name)), None)

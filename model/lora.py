@@ -84,13 +84,18 @@ def describe_adapter(model, matrices):
     return f"adapter on {len(matrices)} matrices: {counts}\n{trained:,} of {total:,} parameters train ({trained / total:.2%})"
 
 
-def adapter_weights(model):
-    """The adapter that add_adapter has put on `model`, as its file holds it: {name: tensor}."""
+def adapter_parameters(model):
+    """{name in its file: parameter} of the adapter that add_adapter has put on `model`."""
     return {
-        name.replace(f".{PEFT_NAME}.", "."): parameter.detach()
+        name.replace(f".{PEFT_NAME}.", "."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def adapter_weights(model):
+    """The adapter that add_adapter has put on `model`, as its file holds it: {name: tensor}."""
+    return {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
 
 
 @torch.no_grad()
@@ -210,10 +215,10 @@ def check_peft_folder(path):
     refuse_foreign(path, PEFT_FILES)
 
 
-def save_peft_folder(path, model, settings, matrices, base):
-    """Write the adapter on `model` as the folder that PeftModel.from_pretrained(base model, path) reads, complete or not
-    at all. base: file or folder of the base's weights, which peft's configuration names."""
-    weights = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in adapter_weights(model).items()}
+def save_peft_folder(path, weights, settings, matrices, base):
+    """Write an adapter's weights, as adapter_weights gives them, as the folder that PeftModel.from_pretrained(base model,
+    path) reads, complete or not at all. base: file or folder of the base's weights, which peft's configuration names."""
+    weights = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in weights.items()}
     config = peft_config(settings, matrices, base_model_name_or_path=str(base), inference_mode=True)
     with atomic_folder(path) as folder:
         (folder / "adapter_model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))

@@ -14,7 +14,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 def flag(default, help, kind=None, **limits):
     """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, most,
-    below, choices, metavar. `{default}` in `help` shows the default."""
+    below, choices, metavar, alone (the value of the flag without one). `{default}` in `help` shows the default."""
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
 
@@ -30,7 +30,7 @@ class Checked:
                 raise UserError(f"--{field.name}: {problem}, got {value!r}", exit_code=2)
 
 
-def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None):
+def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None, alone=None):
     """What is wrong with `value`, None if nothing."""
     if choices:
         return None if value in choices else f"choose one of {', '.join(choices)}"
@@ -134,6 +134,28 @@ class TrainingSettings(Checked):
         choices=DTYPES,
     )
     compile: bool = flag(False, "torch.compile the model: slow start, faster steps")
+    gradient_checkpointing: bool = flag(
+        False, "compute each layer again in the backward pass: less memory, a third more work, same losses"
+    )
+    deepspeed: str = flag(
+        None,
+        "share the work of several processes by DeepSpeed, as its config file says (default: one for these flags)",
+        str,
+        metavar="JSON",
+        alone="auto",
+    )
+    zero_stage: int = flag(
+        None,
+        "what --deepspeed divides among the processes; 0: nothing, 1: optimizer state, 2: and gradients, 3: and weights "
+        "(default: the file's; without a file 2)",
+        int,
+        least=0,
+        most=3,
+    )
+    offload: bool = flag(False, "--deepspeed keeps the optimizer's state, in stage 3 weights too, in the host's memory")
+    fsdp: bool = flag(
+        False, "divide weights, gradients and optimizer state among the processes (FSDP2), as ZeRO 3 does"
+    )
     num_workers: int = flag(0, "processes that prepare batches (default: {default})", least=0)
     log_interval: int = flag(10, "steps between log lines (default: {default})", least=1)
     eval_interval: int = flag(500, "steps between validations (default: {default})", least=1)
@@ -146,6 +168,16 @@ class TrainingSettings(Checked):
     use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
     wandb_project: str = flag("MiniMind", "default: {default}")
     wandb_run_name: str = flag(None, "default: stage and dim", str)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("zero_stage", "offload"):
+            if getattr(self, name) not in (None, False) and self.deepspeed is None:
+                raise UserError(f"--{name}: says how --deepspeed works, and needs it", exit_code=2)
+        if self.offload and self.zero_stage == 0:
+            raise UserError("--offload: ZeRO stage 0 divides nothing; it needs --zero_stage 1, 2 or 3", exit_code=2)
+        if self.fsdp and self.deepspeed is not None:
+            raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
 
     def resolved(self, device, world_size):
         """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is

@@ -452,7 +452,9 @@ def test_peft_reads_the_folder_and_computes_what_the_merged_model_does(tmp_path,
     merge(merged, adapter)
     check_peft_folder(tmp_path / "peft")
     for _ in range(2):  # the second one takes the place of the first
-        save_peft_folder(tmp_path / "peft", model, settings(targets), adapter.matrices, tmp_path / "base.pth")
+        save_peft_folder(
+            tmp_path / "peft", adapter_weights(model), settings(targets), adapter.matrices, tmp_path / "base.pth"
+        )
         check_peft_folder(tmp_path / "peft")
     assert {file.name for file in (tmp_path / "peft").iterdir()} == set(PEFT_FILES) - {"README.md"}
     read = PeftModel.from_pretrained(make_model(fields), tmp_path / "peft").eval()

@@ -1,5 +1,6 @@
 """1-pretrain.py and 3-full_sft.py as a user runs them: stages, stop and resume, wrong input."""
 
+import importlib.util
 import json
 import os
 import re
@@ -375,6 +376,31 @@ def test_resume_of_the_second_stage_refuses_another_parent(run, flags, tmp_path,
     first.unlink()  # the stage before need not be there any more
     good(run(*words, "--init_from", own, "--resume"))
     assert read_metadata(own)["parent"]["file"] == str(first) and read_metadata(own)["step"] == 4
+
+
+@pytest.mark.parametrize(
+    "words, parts, code",
+    [
+        (["--zero_stage", 2], ["--zero_stage", "--deepspeed"], 2),
+        (["--offload"], ["--offload", "--deepspeed"], 2),
+        (["--fsdp", "--deepspeed"], ["--fsdp", "choose one"], 2),
+        (["--fsdp"], ["--fsdp", "torchrun --nproc_per_node N"], 2),
+        (["--deepspeed", "--zero_stage", 4], ["argument --zero_stage: must be at most 3"], 2),
+        (["--deepspeed", "no.json"], ["--deepspeed no.json: no such file"], 1),
+        (["--deepspeed", "ds.json", "--dtype", "float32"], ["ds.json: bf16 is enabled", "--dtype is float32"], 2),
+        (["--deepspeed", "--optimizer", "muon"], ["--optimizer muon: ZeRO stage 2"], 2),
+        (["--deepspeed"], ["DeepSpeed is not installed: pip install deepspeed"], 1),
+    ],
+)
+def test_what_cannot_be_divided_is_one_line(run, flags, pretrain_csv, monkeypatch, tmp_path, words, parts, code):
+    (tmp_path / "ds.json").write_text('{"bf16": {"enabled": true}}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    words = [tmp_path / word if word == "ds.json" else word for word in words]
+    assert_one_line_error(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, *words), *parts, code=code)
+
+
+def test_the_reference_of_stage_5_is_whole(run, tmp_path):
+    assert_one_line_error(run("5-dpo_train.py", "--deepspeed"), "unrecognized arguments: --deepspeed", code=2)
 
 
 def test_launchers_may_say_the_local_rank_by_a_flag(run, flags, pretrain_csv, monkeypatch):

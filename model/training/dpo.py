@@ -26,7 +26,7 @@ from model.model import MoEGate, Transformer
 from model.training import ranks
 from model.training.loop import Trainer
 from model.training.reports import flops_per_token
-from model.training.strategy import DataParallel
+from model.training.strategy import DataParallel, checkpoint_layers
 
 # What trl measures on a batch -> its name in our log.
 TRL_NUMBERS = {
@@ -102,8 +102,9 @@ class Policy(nn.Module):
 class StockModel(DataParallel):
     """Training of a Policy, whose checkpoints are those of a Transformer."""
 
-    def prepare(self, device, dtype, compile):
-        pass  # the faster kernels are a Transformer's
+    def prepare(self, device, dtype, settings):
+        if settings.gradient_checkpointing:  # the faster kernels are a Transformer's
+            checkpoint_layers(self.model.stock)
 
     def weights(self):
         return weights_of_stock_model(self.model.stock, self.model.config)

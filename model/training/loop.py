@@ -48,10 +48,33 @@ def start(settings):
     """Join the ranks and seed the random generators; returns the torch.device to train on."""
     if settings.local_rank is not None:  # from an older launcher than torchrun, which says it by the environment
         os.environ.setdefault("LOCAL_RANK", str(settings.local_rank))
+    if "LOCAL_SIZE" in os.environ:  # from DeepSpeed's launcher, under its own name
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     device = select_device(settings.device)
     ranks.initialise(device, settings.rendezvous_timeout)
+    if settings.deepspeed is not None:
+        from model.training import deepspeed
+
+        resolved = settings.resolved(device, ranks.world_size())
+        deepspeed.check(resolved, device, select_dtype(settings.dtype, device), ranks.world_size())
+    if settings.fsdp and ranks.world_size() == 1:
+        way_out = "start several: torchrun --nproc_per_node N ..., or leave it out"
+        raise UserError(f"--fsdp: divides the work of several processes, and this is one; {way_out}", exit_code=2)
     resume.seed_generators(settings.seed)
     return device
+
+
+def working_by(settings, device, dtype, strategy):
+    """The class `strategy`, and where --deepspeed or --fsdp asks for it one that works so and saves what `strategy` does."""
+    if settings.deepspeed is not None:
+        from model.training.deepspeed import strategy_class
+
+        engine = strategy_class(settings, device, dtype)
+    elif settings.fsdp:
+        from model.training.fsdp import FullySharded as engine
+    else:
+        return strategy
+    return type(engine.__name__, (engine, strategy), {})
 
 
 def language_model_loss(model, batch, num_items):
@@ -130,6 +153,7 @@ class Trainer:
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
         self.settings = settings = settings.resolved(self.device, ranks.world_size())
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
+        strategy = working_by(settings, self.device, self.dtype, strategy)
         self.strategy = strategy(model, settings, self.device, self.dtype, dynamic=train.lengths is not None)
         self.train_loader, self.validation_loader = self.make_loader(train), self.make_loader(validation)
         self.validation_start = self.validation_loader.state_dict()
@@ -471,7 +495,7 @@ class Trainer:
             return
         self.model.eval()
         self.validation_loader.load_state_dict(self.validation_start)
-        wanted = (self.settings.eval_tokens or math.inf) / ranks.world_size()
+        wanted = self.settings.eval_tokens or math.inf
         sums, state = dict(nats=0.0, items=0, size=0), self.state
         one = torch.ones((), device=self.device)
         for batch in self.validation_loader:
@@ -479,7 +503,9 @@ class Trainer:
             with autocast(self.device, self.dtype):
                 sums["nats"] += float(self.loss_function(self.model, self.to_device(batch), one)[0])
             sums["items"], sums["size"] = sums["items"] + items, sums["size"] + size
-            if sums["items"] >= wanted or self.stop.requested:
+            # All ranks stop at the same batch: where weights are divided, none can go on without the others.
+            items, stops = ranks.sum_over_ranks([sums["items"], self.stop.requested])
+            if items >= wanted or stops:
                 break
         further = self.further_numbers()
         self.model.train()
@@ -509,11 +535,6 @@ class Trainer:
         states = ranks.gather(resume.random_state(self.device))
         state, weights, training_state = self.state, self.strategy.weights(), self.strategy.state_dict()
         previous, state.saved_step = state.saved_step, state.step
-        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
-            kept = self.kept(previous)
-            raise UserError(
-                f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
-            )
         training_state.update(progress=state.progress(), parent=self.parent, random=states, trajectory=self.trajectory)
         training_state["loader"] = self.train_loader.state_dict()
         ranks.on_main(lambda: self.write(weights, training_state, previous))
@@ -521,6 +542,11 @@ class Trainer:
     def write(self, weights, training_state, previous):
         """Write the three files of a checkpoint; `previous` is the step that the present ones are of."""
         state, total_steps = self.state, self.schedule.total_steps
+        if not all(torch.isfinite(tensor).all() for tensor in weights.values()):
+            kept = self.kept(previous)
+            raise UserError(
+                f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
+            )
         metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
         metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
         if not state.validation:

@@ -157,11 +157,16 @@ def describe_model(model, dtype):
 
 def count_parameters(model):
     """(all parameters, those that work on one token): of the routed experts only num_experts_per_tok do."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".feed_forward.experts." in name)
+    total = sum(whole_size(parameter) for parameter in model.parameters())
+    routed = sum(whole_size(p) for name, p in model.named_parameters() if ".feed_forward.experts." in name)
     config = model.config
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts if config.use_moe else 0
     return total, total - round(routed * idle)
+
+
+def whole_size(parameter):
+    """How many numbers a parameter has, also one of which DeepSpeed keeps but a part here."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def flops_per_token(model, length):
@@ -169,7 +174,7 @@ def flops_per_token(model, length):
     with N the parameters at work (the tied embedding counts once, as the output product), L layers, H * Q = dim, T the
     row length (Chowdhery et al. 2022, PaLM, arXiv 2204.02311, appendix B). Of frozen parameters 4 N: they have no gradient.
     """
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    frozen = sum(whole_size(parameter) for parameter in model.parameters() if not parameter.requires_grad)
     total, working = count_parameters(model)
     return 6 * working - 2 * round(frozen * working / total) + 12 * model.config.n_layers * model.config.dim * length
 

@@ -1,9 +1,11 @@
 """What --resume restores besides weights, and which settings may not change under it."""
 
 import contextlib
+import math
 import os
 import random
 import signal
+import time
 
 import numpy
 import torch
@@ -14,7 +16,9 @@ from model.training import ranks
 
 STEPS_FLAG = "--epochs or --max_steps (in steps)"
 SCHEDULE_FLAGS = (STEPS_FLAG, "--max_minutes")
-SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes")
+PASSED_ON = 3.0
+MEMORY_FLAGS = ("--deepspeed", "--zero_stage", "--offload", "--fsdp", "--gradient_checkpointing")
+SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes", *MEMORY_FLAGS)
 
 
 def seed_generators(seed):
@@ -78,6 +82,8 @@ def trajectory(trainer, data, identity):
     free["the number of processes"] = ranks.world_size()
     if settings.optimizer == "muon":
         free["--muon_learning_rate"] = settings.muon_learning_rate
+    chosen = {flag: getattr(settings, flag.removeprefix("--")) for flag in MEMORY_FLAGS}
+    free.update({flag: value for flag, value in chosen.items() if value not in (None, False)})  # older states know none
     return fixed, free
 
 
@@ -99,12 +105,13 @@ def check_trajectory(saved, own):
 
 class StopRequest:
     """Context in which the first SIGINT, SIGTERM or SIGHUP only sets `requested`; a second one acts as usual, but not
-    while the files are being `saving`."""
+    while the files are being `saving`. A launcher passes on what its processes have got from the terminal already: within
+    PASSED_ON seconds that is the same request."""
 
-    requested, saving, previous = False, False, {}
+    requested, first, saving, previous = False, -math.inf, False, {}
 
     def __enter__(self):
-        self.requested, self.process = False, os.getpid()
+        self.requested, self.first, self.process = False, -math.inf, os.getpid()
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         wanted = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
         self.previous = {number: signal.signal(number, self.note) for number in wanted}
@@ -113,11 +120,13 @@ class StopRequest:
     def note(self, number, frame):
         if os.getpid() != self.process:
             return  # a process that prepares batches, in its first moment
+        if "RANK" in os.environ and time.monotonic() < self.first + PASSED_ON:
+            return
         if self.requested and not self.saving:
             self.restore()
             signal.raise_signal(number)
         elif not self.requested:
-            self.requested = True
+            self.requested, self.first = True, time.monotonic()
             doing = "saving" if self.saving else "finishing this forward and backward pass, then saving"
             with contextlib.suppress(RuntimeError):  # it came in the middle of another line
                 tell(f"{signal.Signals(number).name}: {doing}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from model.checkpoint import load_weights
 from model.device import check_compiler
-from model.lora import adapter_weights, load_adapter_weights
+from model.lora import adapter_parameters, load_adapter_weights
 from model.training import cpu_kernels, ranks
 from model.training.optimizer import build_optimizers, set_learning_rates
 
@@ -26,23 +26,30 @@ class DataParallel:
     """
 
     def __init__(self, model, settings, device, dtype, dynamic=False):
-        self.model, self.optimizers = model, build_optimizers(model, settings)
-        self.prepare(device, dtype, settings.compile)
-        self.runner = model
-        if ranks.world_size() > 1:
-            device_ids = [device.index] if device.type == "cuda" else None
-            self.runner = nn.parallel.DistributedDataParallel(model, device_ids)
-        if settings.compile:
-            check_compiler(device)
-            self.runner = torch.compile(self.runner, dynamic=True if dynamic else None)
+        self.model = model
+        self.prepare(device, dtype, settings)
+        self.optimizers = build_optimizers(model, settings)
         # float16 alone needs scaling: its smallest numbers swallow gradients that bfloat16 keeps.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        if settings.compile:
+            check_compiler(device)
+        self.runner = self.make_runner(settings, device, dtype, True if dynamic else None)
 
-    def prepare(self, device, dtype, compile):
-        """Have the model use what makes training faster."""
-        cpu_kernels.install(self.model, device, dtype, compile)
-        if compile:  # made within, the table would be compiled in, and out again
+    def prepare(self, device, dtype, settings):
+        """Have the model use what makes training faster or smaller."""
+        cpu_kernels.install(self.model, device, dtype, settings.compile)
+        if settings.compile:  # made within, the table would be compiled in, and out again
             self.model.rotary_table(self.model.config.max_seq_len, device)
+        if settings.gradient_checkpointing:
+            checkpoint_layers(self.model)
+
+    def make_runner(self, settings, device, dtype, dynamic):
+        """What a loss function calls. dynamic: torch.compile's."""
+        runner = self.model
+        if ranks.world_size() > 1:
+            device_ids = [device.index] if device.type == "cuda" else None
+            runner = nn.parallel.DistributedDataParallel(self.model, device_ids)
+        return torch.compile(runner, dynamic=dynamic) if settings.compile else runner
 
     def micro_batch(self, last):
         """Context of one forward and backward pass: gradients stay local until the `last` of a step."""
@@ -85,16 +92,20 @@ class DataParallel:
         """The rate of the last step, AdamW's where there are two optimizers."""
         return self.optimizers[-1].param_groups[0]["lr"]
 
+    def saved_parameters(self):
+        """{name in a checkpoint: parameter}."""
+        return self.model.state_dict(keep_vars=True)
+
     def weights(self):
-        """The state dict that a checkpoint holds."""
-        return self.model.state_dict()
+        """The state dict that a checkpoint holds, on the main rank at least."""
+        return {name: parameter.detach() for name, parameter in self.saved_parameters().items()}
 
     def load_weights(self, weights, path):
         """Put back what weights() gave and `path` holds; UserError names the first tensor that does not fit."""
         load_weights(self.model, weights, path)
 
     def state_dict(self):
-        """Optimizers and scaler as tensors and plain values."""
+        """Optimizers and scaler as tensors and plain values, on the main rank at least."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
 
@@ -124,8 +135,15 @@ class DataParallel:
 class LowRankAdapters(DataParallel):
     """Training of the adapters alone that model.lora.add_adapter has put on; they are what a checkpoint holds."""
 
-    def weights(self):
-        return adapter_weights(self.model)
+    def saved_parameters(self):
+        return adapter_parameters(self.model)
 
     def load_weights(self, weights, path):
         load_adapter_weights(self.model, weights, path)
+
+
+def checkpoint_layers(model):
+    """Have the layers of `model`, of transformers, be computed again in the backward pass, so that only what goes into
+    each is kept (Chen et al. 2016, arXiv 1604.06174)."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its later name
+    enable({"use_reentrant": False})

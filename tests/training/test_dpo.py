@@ -350,6 +350,21 @@ def test_operations_per_token_are_four_forward_passes(pairs_json, tmp_path, toke
 # ---- learning
 
 
+@pytest.mark.parametrize("fields", [None, MOE])
+def test_checkpointed_layers_learn_the_same(pairs_json, tmp_path, tokenizer, fields):
+    weights, calls = [], []
+    for more in ([], ["--gradient_checkpointing"]):
+        out, words = tmp_path / str(len(more)), ["--max_steps", 2, "--eval_interval", 9, *more]
+        run, counted = make_run(pairs_json, out, *words, tokenizer=tokenizer, fields=fields), []
+        layer = run.model.stock.base_model.layers[0]
+        layer.input_layernorm.register_forward_hook(lambda *_, counted=counted: counted.append(torch.is_grad_enabled()))
+        run.train()
+        weights.append(run.strategy.weights())
+        calls.append(sum(counted))
+    assert calls == [2, 4] and weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_a_rule_is_learned_and_holds_for_pairs_not_seen(pairs_json, tmp_path, tokenizer, loss_type):
     words = ("--max_steps", 40, "--batch_size", 8, "--learning_rate", 2e-4, "--log_interval", 1)

@@ -124,6 +124,19 @@ def test_a_second_signal_acts_as_usual(capsys):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch):
+    now = 100.0
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)  # from the terminal
+        signal.raise_signal(signal.SIGINT)  # from the launcher, which has got it too
+        assert stop.requested
+        now += 4
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("sft", [False, True])
 def test_stop_after_leaves_the_schedule_as_it_is(request, tmp_path, tokenizer, capsys, monkeypatch, sft):
     data = request.getfixturevalue("sft_csv" if sft else "pretrain_csv")

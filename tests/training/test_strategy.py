@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_loop import arguments, records
+from test_loop import arguments, make_trainer, records
 
 from conftest import TINY, trained_scale
 from model.cli import training_settings
@@ -93,3 +93,34 @@ def test_another_adapters_state_is_one_line(sft_csv, tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=f"lora_test_32.resume.pth: layers.0.attention.*{problem}"):
             make_run(sft_csv, tmp_path, "--max_steps", 2, tokenizer=tokenizer, **other).resume()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "moe", "bfloat16", "adapter"])
+def test_checkpointed_layers_are_computed_again_and_learn_the_same(sft_csv, tmp_path, tokenizer, stage):
+    """With dropout, whose random numbers must come again too."""
+    words = {"moe": ["--use_moe"], "bfloat16": ["--dtype", "bfloat16"]}.get(stage, [])
+    calls, weights = [], []
+    for more in ([], ["--gradient_checkpointing"]):
+        out, counted = tmp_path / str(len(more)), []
+        flags = [*words, "--max_steps", 2, "--accumulation_steps", 2, "--eval_interval", 9, *more]
+        if stage == "adapter":
+            run = make_run(sft_csv, out, *flags, tokenizer=tokenizer, lora_dropout=0.1)
+        else:
+            run = make_trainer(sft_csv, out, *flags, "--dropout", 0.1, tokenizer=tokenizer, sft=True)
+        norm = run.model.layers[1].attention_norm
+        norm.register_forward_hook(lambda *_, counted=counted: counted.append(torch.is_grad_enabled()))
+        run.train()
+        calls.append(sum(counted))
+        weights.append(run.strategy.weights())
+    assert calls == [4, 8] and weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_checkpointed_layers_can_be_compiled(sft_csv, tmp_path, tokenizer, traced_only):
+    losses = []
+    for more in ([], ["--gradient_checkpointing", "--compile"]):
+        words = ["--max_steps", 2, "--log_interval", 1, "--eval_interval", 9, *more]
+        run = make_trainer(sft_csv, tmp_path / str(len(more)), *words, tokenizer=tokenizer, sft=True)
+        run.train()
+        losses += [record["loss"] for record in records(run) if "loss" in record]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-6)
