@@ -1,12 +1,14 @@
 """Every command in the READMEs runs, in a copy of the repository and on models and data small enough for a test."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -176,6 +178,7 @@ def test_every_torchrun_line_runs(tmp_path):
     shutil.copytree(ROOT / "dataset" / "demo_world", tmp_path / "dataset" / "demo_world")
     for more in ([], ["--output_dir", "dataset/demo"]):
         subprocess.run([sys.executable, "data_process.py", "demo", *more], cwd=tmp_path, check=True)
+    assert launches()
     for line in launches():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -193,6 +196,21 @@ def test_every_torchrun_line_runs(tmp_path):
         assert not any(process.returncode for process in started), f"{line}\n" + "".join(printed)[-3000:]
 
 
+def test_every_deepspeed_line_runs(tmp_path):
+    for name in (*(path.name for path in ROOT.glob("*.py")), "model", "requirements.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "dataset" / "demo_world", tmp_path / "dataset" / "demo_world")
+    subprocess.run([sys.executable, "data_process.py", "demo"], cwd=tmp_path, check=True)
+    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}')
+    for line in blocks("README.md", "deepspeed --num_gpus"):
+        launcher, script, rest = re.fullmatch(r"deepspeed (.*?)(\S+\.py)(.*)", line).groups()
+        words = [*shlex.split(launcher), *small([script, *shlex.split(rest)]), "--device", "cpu", "--overwrite"]
+        command = [str(Path(sys.executable).with_name("deepspeed")), *words]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert process.returncode == 0, f"{line}\n{process.stderr[-3000:]}"
+
+
 def test_the_notebook_example_runs_and_is_the_same_in_both(copy):
     (chinese,), (english,) = (
         re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
@@ -200,6 +218,8 @@ def test_the_notebook_example_runs_and_is_the_same_in_both(copy):
     )
     assert chinese == english and "max_steps=100" in chinese
     program = chinese.replace("max_steps=100", "max_steps=2")
+    if not (copy / "dataset/pretrain_data.csv").exists():  # where the commands above run in another process
+        shutil.copy(copy / "made/pretrain_data.csv", copy / "dataset")
     process = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True)
     assert process.returncode == 0 and (copy / "out/pretrain_192.pth").exists(), process.stderr[-2000:]
 
