@@ -4,17 +4,19 @@
     python benchmarks/exports.py --checkpoint out/quickstart/multi_chat/full_sft_192.pth
 
 export_model.py writes each format; then size, load time (median of three, files in the page cache, tokenizer included)
-and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. They take turns in one process;
-the median counts, and only tokens that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads
-as PyTorch's) keeps its defaults: flash attention, a cache of 16 bits. Its threads spin while they wait for each other, so
-that other programs slow it several times more than the rest: measure on a quiet machine (load_average, what ran before,
-is in the last line, which is JSON). Ratios are to MiniMind's engine in the format that is nearest: float32 for f32 files, int8
+and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. They take turns, each in a process of its own
+(in one process PyTorch is two to three times slower once llama.cpp has been loaded); the median counts, and only tokens
+that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads as PyTorch's) keeps its defaults: flash
+attention, a cache of 16 bits. Its threads spin while they wait for each other, so that other programs slow it several
+times more than the rest: measure on a quiet machine (load_average, what ran before, is in the last line, which is JSON). Ratios are to MiniMind's engine in the format that is nearest: float32 for f32 files, int8
 for q8_0, bfloat16 for the rest; with --compile, which also times its compiled step, to the faster of the two.
 """
 
 import argparse
 import concurrent.futures
+import functools
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -83,19 +85,18 @@ def contenders(args, checkpoint, folder):
     stock = "granitemoe" if read_metadata(checkpoint).get("config", {}).get("use_moe") else "llama"
     exported, found = export(checkpoint, folder, stock), {}
     for dtype in ("float32", "bfloat16", "int8"):
-        found[f"minimind {dtype}"] = checkpoint, lambda dtype=dtype: load_minimind(args, checkpoint, dtype)
-        if args.compile:
-            compiled = lambda dtype=dtype: load_minimind(args, checkpoint, dtype, compile=True)  # noqa: E731
-            found[f"minimind {dtype} compiled"] = checkpoint, compiled
+        for compile in (False, True) if args.compile else (False,):
+            name = f"minimind {dtype}" + " compiled" * compile
+            found[name] = checkpoint, functools.partial(load_minimind, args, checkpoint, dtype, compile)
     for dtype in ("float32", "bfloat16"):
-        found[f"generate {dtype}"] = exported, lambda dtype=dtype: load_stock(args, exported, dtype)
+        found[f"generate {dtype}"] = exported, functools.partial(load_stock, args, exported, dtype)
     for kind in QUANTIZATIONS:
         path = export(checkpoint, folder, "gguf", "--quantization", kind)
-        found[f"llama.cpp {kind}"] = path, lambda path=path: load_llama_cpp(args, path)
+        found[f"llama.cpp {kind}"] = path, functools.partial(load_llama_cpp, args, path)
     return found
 
 
-def load_minimind(args, path, dtype, compile=False):
+def load_minimind(args, path, dtype, compile):
     from model.inference.open import open_engine
     from model.settings import InferenceSettings, SamplingParameters
 
@@ -152,12 +153,38 @@ def timed(function, *arguments):
     return time.perf_counter() - began, result
 
 
-def median_rates(functions, prompts, repeats):
-    """New tokens per second of each function over `prompts`, taken in turns, after one turn that nobody counts."""
-    rates = {name: [] for name in functions}
+def work(load, pipe):
+    """In a process of its own: load a contender three times and tell the median of the seconds, then those of every call."""
+    try:
+        seconds, function = [], None
+        for _ in range(3):
+            function = None  # llama.cpp's server ends with it
+            second, function = timed(load)
+            seconds.append(second)
+        pipe.send(statistics.median(seconds))
+        while True:
+            pipe.send(timed(function, pipe.recv()))
+    except EOFError:
+        pass  # nothing more is asked
+    except Exception as error:
+        pipe.send(error)
+
+
+def answer(pipe):
+    """What a contender tells. Raises what it has raised."""
+    told = pipe.recv()
+    if isinstance(told, Exception):
+        raise told
+    return told
+
+
+def median_rates(pipes, prompts, repeats):
+    """New tokens per second of each contender over `prompts`, taken in turns, after one turn that nobody counts."""
+    rates = {name: [] for name in pipes}
     for turn in range(repeats + 1):
-        for name, function in functions.items():
-            seconds, tokens = timed(function, prompts)
+        for name, pipe in pipes.items():
+            pipe.send(prompts)
+            seconds, tokens = answer(pipe)
             rates[name] += [tokens / seconds] if turn else []
     return {name: statistics.median(values) for name, values in rates.items()}
 
@@ -166,20 +193,17 @@ def measure(args, checkpoint, folder):
     """{name: {"megabytes", "load_seconds", "1", "<requests>" (tokens per second), "ratio_1", "ratio_<requests>"}}."""
     import torch
 
-    candidates, results, functions = contenders(args, checkpoint, folder), {}, {}
-    for name, (path, load) in candidates.items():
+    results, pipes, spawn = {}, {}, multiprocessing.get_context("spawn")
+    for name, (path, load) in contenders(args, checkpoint, folder).items():
         files = [path] if path.is_file() else list(path.iterdir())
-        seconds = []
-        for _ in range(3):
-            functions.pop(name, None)  # llama.cpp's server ends with it
-            second, functions[name] = timed(load)
-            seconds.append(second)
-        size = sum(file.stat().st_size for file in files) / 1e6
-        results[name] = {"megabytes": round(size, 1), "load_seconds": round(statistics.median(seconds), 3)}
+        pipes[name], theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(load, theirs), daemon=True).start()
+        size, seconds = sum(file.stat().st_size for file in files) / 1e6, answer(pipes[name])
+        results[name] = {"megabytes": round(size, 1), "load_seconds": round(seconds, 3)}
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 6400, (args.requests, PROMPT_TOKENS), generator=generator).tolist()
     for count in sorted({1, args.requests}):
-        rates = median_rates(functions, prompts[:count], args.repeats)
+        rates = median_rates(pipes, prompts[:count], args.repeats)
         for name, rate in rates.items():
             ours = (
                 "float32"
