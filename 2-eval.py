@@ -100,8 +100,8 @@ def main():
             ids = chat_prompt(engine, history, question["content"], parameters)
             print_stream(engine, ids, parameters, write)
 
-        converse(reply, args.history)
-    elif all("answer" in row for _, row in rows):
+        return converse(reply, args.history)
+    if all("answer" in row for _, row in rows):
         prompts = [chat_prompt(engine, history, row["q"], parameters) for history, (_, row) in zip(histories, rows)]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters), args.json)
     else:

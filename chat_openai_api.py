@@ -12,7 +12,7 @@ import contextlib
 import sys
 
 from model.cli import add_flags, from_flags, non_negative_int, script_parser
-from model.errors import UserError, run_main
+from model.errors import UserError, run_main, warn
 from model.settings import EndpointSettings
 
 
@@ -31,7 +31,7 @@ def main():
         raise UserError("there is no standard input to read questions from", exit_code=2)
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.inference.chat import converse
+    from model.inference.chat import converse, tell_dropped
     from model.inference.endpoint import Endpoint
 
     settings = from_flags(EndpointSettings, args)
@@ -39,21 +39,25 @@ def main():
     listed = endpoint.models()  # a wrong address or key shows here, before anybody types a question
     model = settings.model or next(iter(listed), None)
     if model is None:
-        raise UserError(f"{endpoint.place}: lists no model; name one with --model")
+        raise UserError(f"{endpoint.place}: lists no model{endpoint.hint}; name one with --model")
+    if not listed and endpoint.hint:
+        warn(f"{endpoint.place}: lists no model{endpoint.hint}")
     others = [name for name in listed if name != model]
     print(f"{settings.base_url}: {model}" + (f" (--model also knows {', '.join(others)})" if others else ""))
 
     def reply(messages, write):
-        reason = None
+        reason, dropped = None, 0
         pieces = endpoint.stream(model, messages, settings.temperature, settings.top_p, settings.max_tokens)
         with contextlib.closing(pieces):  # on Ctrl-C too: the server sees that nobody listens any more
             for piece in pieces:
                 write(piece.text)
-                reason = piece.finish_reason or reason
+                reason, dropped = piece.finish_reason or reason, dropped + piece.dropped
         limit = f"--max_tokens {settings.max_tokens}" if settings.max_tokens else "the server's limit"
-        print(f" …(cut at {limit})" if reason == "length" else "")
+        print(f" …(cut at {limit})" if reason == "length" else "", flush=True)
+        tell_dropped(dropped, messages)
+        return dropped
 
-    converse(reply, args.history, args.system)
+    return converse(reply, args.history, args.system)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,15 @@ def short_name(out_dir, path, none=""):
 def choose_of_server(url, label):
     """The same as choose_checkpoint for a model of the server at `url`."""
     endpoint = open_endpoint(url)
-    models = st.session_state.get("models") or list_models(url)
+    try:
+        models = list_models(url)
+    except UserError:  # while the server is away the conversation stays on the page
+        models = st.session_state.get("models")
+        if not models:
+            raise
     if not models:
-        raise UserError(label["no_models"])
-    st.session_state["models"] = models  # while the server is away the conversation stays on the page
+        raise UserError(label["no_version" if endpoint.hint else "no_models"])
+    st.session_state["models"] = models
     model = st.selectbox(label["model"], models, key="model")
 
     def ask(messages, parameters):
@@ -132,7 +137,9 @@ def choose_of_server(url, label):
 def open_endpoint(url):
     from model.inference.endpoint import Endpoint
 
-    return Endpoint(url, flag="--api")
+    buttons = " / ".join(label["clear"] for label in LABELS.values())
+    way_out = f"ask a shorter question, or begin anew with {buttons} and a shorter system prompt"
+    return Endpoint(url, flag="--api", key_flag=None, way_out=way_out)
 
 
 @st.cache_data(ttl=20, show_spinner=False)

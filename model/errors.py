@@ -1,5 +1,6 @@
 """What the user is told when something goes wrong: UserError, how it ends a script, warnings. Imports nothing heavy."""
 
+import atexit
 import contextlib
 import errno
 import io
@@ -175,6 +176,9 @@ if running_script():
     own = threading.current_thread() is threading.main_thread()  # not the page's, which Streamlit runs in others
     if own and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as with the shell's &
         signal.signal(signal.SIGINT, interrupt)
+        # Python ends with the system's handler, which would kill a script that has told its exit code; what was
+        # registered first runs last.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def say(text, stream=None, write=print):

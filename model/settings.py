@@ -418,7 +418,7 @@ class EndpointSettings(Checked):
     base_url: str = flag("http://127.0.0.1:8000/v1", "address of its API (default: {default})", metavar="URL")
     api_key: str = flag(None, "its key (default: OPENAI_API_KEY, else none)", str, metavar="KEY")
     model: str = flag(None, "name of the model (default: the first that the server lists)", str, metavar="NAME")
-    temperature: float = flag(None, "0: always the most probable (default: the server's)", float, least=0)
+    temperature: float = flag(None, "0: always the most probable (default: the server's)", float, least=0, most=2)
     top_p: float = flag(
         None, "of the most probable with this much in sum (default: the server's)", float, least=0, most=1
     )

@@ -12,11 +12,13 @@ KEY = "sk-of-this-test"
 class FakeEndpoint:
     """What it lists, answers and has seen. answer: the pieces of each answer, or a function of the request's body that gives
     them: texts; an Event to wait for; ("error", message) as servers say it in the middle; None, where the connection breaks
-    off. refusal: (status, message) instead of an answer; listing: (status, JSON value) instead of the list of models."""
+    off. refusal: (status, message) instead of an answer; listing: (status, JSON value) instead of the list of models.
+    context: most characters of all messages; overflow: fields of the error that says there are more."""
 
     def __init__(self):
         self.models, self.answer, self.key, self.refusal = ["minimind", "minimind-lora"], ["你", "好", "！"], None, None
-        self.listing = None
+        self.listing = self.context = None
+        self.overflow = {"code": "context_length_exceeded"}
         self.finish_reason, self.requests, self.sent, self.disconnects, self.pause = "stop", [], [], 0, 0.0
         self.ended = threading.Event()  # set when an answer came to its end or was given up
 
@@ -39,15 +41,18 @@ def handler_of(fake):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.allowed():
+            if self.allowed() and self.found():
                 models = [{"id": name, "object": "model"} for name in fake.models]
                 self.reply(*(fake.listing or (200, {"object": "list", "data": models})))
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if not self.allowed():
+            if not (self.allowed() and self.found()):
                 return
             fake.requests.append(body)
+            size = sum(len(message["content"]) for message in body["messages"])
+            if size > (fake.context or size):
+                return self.reply(400, {"error": {"message": f"{size} characters are too many", **fake.overflow}})
             if fake.refusal:
                 status, message = fake.refusal
                 return self.reply(status, {"error": {"message": message, "type": "invalid_request_error"}})
@@ -91,6 +96,12 @@ def handler_of(fake):
             if fake.key in (None, self.headers["Authorization"].removeprefix("Bearer ")):
                 return True
             self.reply(401, {"error": {"message": f"wrong key: {self.headers['Authorization']}"}})
+
+        def found(self):
+            """Whether the address is one below /v1; if not the client is told."""
+            if self.path.startswith("/v1/"):
+                return True
+            self.reply(404, {"error": {"message": f"{self.path}: no such address"}})
 
         def reply(self, status, value):
             content = json.dumps(value).encode()

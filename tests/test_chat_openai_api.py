@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, assert_one_line_error, run_script
 from fake_endpoint import KEY
 
 SCRIPT = "chat_openai_api.py"
@@ -20,11 +20,13 @@ SCRIPT = "chat_openai_api.py"
 
 @pytest.fixture
 def talk(run_in_process, monkeypatch, fake):
-    """Run the script with flags and the lines typed into it; returns (exit code, stdout, stderr)."""
+    """Run the script with flags and the lines typed into it at a terminal; returns (exit code, stdout, stderr)."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
     def call(*words, lines=()):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        terminal = io.TextIOWrapper(io.BytesIO())
+        terminal.isatty = lambda: True
+        monkeypatch.setattr(sys, "stdin", terminal)
         waiting = iter(lines)
         monkeypatch.setattr("builtins.input", lambda prompt="": print(prompt, end="") or next_line(waiting))
         return run_in_process(SCRIPT, "--base_url", fake.url, *words)
@@ -164,7 +166,7 @@ def test_a_server_in_trouble_is_one_line_and_the_conversation_goes_on(talk, fake
     for text in (
         "A: " + place + "the model 'minimind' does not exist (HTTP status 404))\n",
         place + "the prompt has 99 tokens but the context only 64 (HTTP status 400))\n",
-        place + "wants another key than that of OPENAI_API_KEY (HTTP status 401))\n",
+        place + "wants a key: --api_key or OPENAI_API_KEY (HTTP status 401))\n",
         "A: 半句\n" + place + "the answer broke off; is the server still running?)\n",
         "A: 半\n" + place + "no memory left)\n",
         "A: 好\n",
@@ -173,6 +175,37 @@ def test_a_server_in_trouble_is_one_line_and_the_conversation_goes_on(talk, fake
     assert contents(fake.requests[-1]) == [
         ("user", "再问"), ("assistant", "半句"), ("user", "再问"), ("assistant", "半"), ("user", "再问")
     ]  # fmt: skip
+
+
+def test_a_conversation_longer_than_the_context_goes_on(talk, fake):
+    """22 characters: the system prompt's 2, a question's 4, and two exchanges of 4 + 4."""
+    fake.context, fake.answer = 22, ["好好", "好好"]
+    code, out, err = talk("--system", "短。", lines=("一一一一", "二二二二", "三三三三", "四四四四", "五五五五"))
+    assert code == 0 and out.count("A: 好好好好\n") == 5
+    assert err == 2 * "note: the oldest 2 of 8 messages did not fit the context and were left out\n"
+    assert [content for _, content in contents(fake.requests[-1])] == [
+        "短。", "三三三三", "好好好好", "四四四四", "好好好好", "五五五五"
+    ]  # fmt: skip
+    assert len(fake.requests) == 5 + 2, "what was left out once is not sent again"
+    code, out, err = talk(lines=("一一一一", "长" * 30, "二二二二"))
+    assert code == 0 and "30 characters are too many; ask a shorter question" in out and "/clear" in out.split("A: ")[2]
+    assert [content for _, content in contents(fake.requests[-1])] == ["一一一一", "好好好好", "二二二二"]
+
+
+def test_with_a_pipe_errors_are_on_stderr_and_the_exit_code_tells(fake):
+    answers = iter((["半", None], ["好"]))
+    fake.answer = lambda body: next(answers)
+    process = run_script(SCRIPT, "--base_url", fake.url, input="你好\n再见\n")
+    assert_one_line_error(process, "the answer broke off; is the server still running?")
+    assert "Q: 你好\nA: 半\n\nQ: 再见\nA: 好\n" in process.stdout and "broke off" not in process.stdout
+
+
+def test_an_address_without_v1_is_told_at_the_start(talk, fake):
+    root = fake.url.removesuffix("v1")
+    one_line(talk("--base_url", root), "lists no model (is /v1 missing in the address?); name one with --model")
+    code, out, err = talk("--base_url", root, "--model", "m", lines=("你好",))
+    assert code == 0 and err == f"warning: --base_url {root}: lists no model (is /v1 missing in the address?)\n"
+    assert "no such address (is /v1 missing" in out
 
 
 def test_a_key_that_the_server_repeats_is_not_printed(talk, fake):
@@ -204,17 +237,17 @@ def test_what_is_wrong_at_the_start_ends_with_one_line(talk, fake, monkeypatch):
         one_line(talk("--base_url", url), url, "cannot be reached", "is the server running")
     one_line(talk("--base_url", "localhost:8000"), "--base_url", "expected a URL", code=2)
     fake.key = KEY
-    for words, source in ((("--api_key", "sk-wrong"), "--api_key"), ((), "OPENAI_API_KEY")):
-        result = talk(*words)
-        one_line(result, f"wants another key than that of {source} (HTTP status 401)")
-        assert "sk-wrong" not in result[2]
+    result = talk("--api_key", "sk-wrong")
+    one_line(result, "wants another key than that of --api_key (HTTP status 401)")
+    assert "sk-wrong" not in result[2]
+    one_line(talk(), "wants a key: --api_key or OPENAI_API_KEY (HTTP status 401)")
     one_line(talk("--api_key", "密钥"), "--api_key: holds a character", code=2)
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     assert talk(lines=("你好",))[0] == 0, "the key of the environment"
     fake.models = []
     one_line(talk(), "lists no model; name one with --model")
     assert talk("--model", "m", lines=("你好",))[0] == 0 and fake.requests[-1]["model"] == "m"
-    assert talk("--top_p", "2")[0] == 2
+    assert talk("--top_p", "2")[0] == talk("--temperature", "2.1")[0] == 2
 
 
 def test_help_needs_no_openai_package():

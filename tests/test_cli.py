@@ -164,6 +164,17 @@ def test_an_interrupt_before_main_and_one_as_python_ends_leave_no_traceback(repo
     assert process.communicate(timeout=20) == ("done\n", "") and process.returncode == 0
 
 
+def test_ctrl_c_again_while_python_clears_up_does_not_kill_the_script(repository):
+    slow = "class Slow:\n    def __del__(self, sleep=time.sleep): sleep(1)\nsys.slow = Slow()"
+    process = repository("print('here', flush=True); time.sleep(30)", slow)
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "error: interrupted\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 130
+
+
 def test_other_programs_keep_their_own_hooks():
     program = "import signal, sys, model.errors\n"
     program += "assert sys.excepthook is sys.__excepthook__ and sys.unraisablehook is sys.__unraisablehook__\n"

@@ -287,7 +287,7 @@ def test_history_zero_forgets_and_the_oldest_turns_go_first(run, monkeypatch):
 def test_a_question_too_long_does_not_end_the_conversation(run, monkeypatch):
     seen = prompts_seen(monkeypatch)
     code, out, err = run("2-eval.py", "--interactive", stdin=("字" * 200, "你好"))
-    assert code == 0 and "context only 64" in out and seen[-1].count("你好") == 1
+    assert code == 1 and "context only 64" in err and seen[-1].count("你好") == 1, "no terminal: the exit code tells"
 
 
 def test_ctrl_c_during_an_answer_stops_only_the_answer(run, monkeypatch):

@@ -233,10 +233,38 @@ def test_a_server_in_trouble(page, fake, monkeypatch):
     assert ZH["length"] in captions(ask(app, "再"))
     fake.key = KEY
     st.cache_data.clear()
-    assert "wants another key than that of OPENAI_API_KEY" in page("--api", fake.url).error[0].value
+    assert "wants a key: OPENAI_API_KEY (HTTP status 401)" in page("--api", fake.url).error[0].value
     assert "expected a URL" in page("--api", "localhost").error[0].value
     fake.key, fake.models = None, []
     assert page("--api", fake.url).error[0].value == ZH["no_models"]
+    assert page("--api", fake.url.removesuffix("/v1")).error[0].value == ZH["no_version"]
+
+
+def test_the_models_of_a_server_that_was_started_again(page, fake):
+    import streamlit as st
+
+    app = page("--api", fake.url)
+    app = checked(app.selectbox(key="model").select("minimind-lora").run())
+    fake.models = ["other", *fake.models]
+    st.cache_data.clear()  # as after a while
+    app = checked(app.run())
+    assert app.selectbox(key="model").options == fake.models and app.selectbox(key="model").value == "minimind-lora"
+
+
+def test_a_conversation_with_a_server_that_outgrows_the_context(page, fake):
+    """12 characters: a question's 4 and one exchange of 4 + 4."""
+    fake.context, fake.answer = 12, ["好好好好"]
+    app = page("--api", fake.url)
+    for question in ("一一一一", "二二二二", "三三三三"):
+        app = ask(app, question)
+    assert len(said(app)) == 6 and not app.error
+    assert captions(app).count(ZH["dropped"].format(count=2)) == 1
+    assert [message["content"] for message in fake.requests[-1]["messages"]] == ["二二二二", "好好好好", "三三三三"]
+    app = ask(app, "长" * 13)
+    assert f"13 characters are too many; ask a shorter question, or begin anew with {ZH['clear']} / {EN['clear']}" in (
+        app.error[0].value
+    )
+    assert not ask(app, "四四四四").error[1:], "the conversation goes on"
 
 
 def test_wrong_flags_and_a_start_without_streamlit(page, out):

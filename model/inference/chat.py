@@ -49,9 +49,14 @@ def chat_prompt(engine, history, question, parameters):
     """Token ids that ask `question` after the messages `history`; says on stderr what did not fit."""
     messages = [*history, message("user", question)]
     ids, dropped = conversation_prompt(engine.tokenizer, messages, engine.max_length, parameters.max_new_tokens)
+    tell_dropped(dropped, messages)
+    return ids
+
+
+def tell_dropped(dropped, messages):
+    """Say on stderr how many of `messages` were left out, if any."""
     if dropped:
         tell(f"note: the oldest {dropped} of {len(messages)} messages did not fit the context and were left out")
-    return ids
 
 
 def show(text):
@@ -88,27 +93,28 @@ def print_stream(engine, prompt_ids, parameters, write=show):
 def converse(answer, remembered=None, system=None):
     """A conversation in the terminal, or with the lines of a file or pipe, until /exit, Ctrl-D or Ctrl-C at a question.
 
-    answer(messages, write) gives the assistant's next turn to write(text) as it comes. A UserError that it raises, or
-    Ctrl-C, ends this turn only; what had come of it is remembered as the answer. remembered: how many earlier exchanges
-    it sees, None: all. system: the system prompt to begin with.
+    answer(messages, write) gives the assistant's next turn to write(text) as it comes; it may return how many of the
+    oldest messages are not to be shown to it again. A UserError that it raises, or Ctrl-C, ends this turn only; what had
+    come of it is remembered as the answer. remembered: how many earlier exchanges it sees, None: all. system: the system
+    prompt to begin with. Returns the exit code: 1 when a line of a file or pipe got no whole answer.
     """
     sys.stdin.reconfigure(errors="replace")  # a stray byte in the terminal is no reason to end a conversation
     with contextlib.suppress(ImportError):  # Windows has none
         importlib.import_module("readline")  # input() then edits whole characters and remembers earlier lines
     print(COMMANDS)
-    turns = []
+    turns, failed = [], False
     while True:
         print()
         try:
             question = input("Q: ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
-            return
+            return int(failed)
         if not sys.stdin.isatty():
             print(question)  # so that it stands in the output as it does on a terminal
         command, _, rest = question.partition(" ")
         if command == "/exit":
-            return
+            return int(failed)
         if command == "/clear":
             turns = []
         elif command == "/system":
@@ -119,13 +125,14 @@ def converse(answer, remembered=None, system=None):
             print(f"({command}: no such command; /help lists them)")
         elif question:
             before = [message("system", system)] if system else []
-            turns += one_turn(answer, before + last_exchanges(turns, remembered), question)
+            turns, problem = one_turn(answer, before, last_exchanges(turns, remembered), question)
+            failed |= problem
 
 
-def one_turn(answer, history, question):
-    """Ask `question` after the messages `history` as converse does; returns the two messages it adds to them, none where
-    no word of an answer came."""
-    written = []
+def one_turn(answer, system, turns, question):
+    """Ask `question` after the messages `system` and `turns` as converse does; returns the turns to remember, with this
+    one unless no word of an answer came, and whether it failed in a file or pipe."""
+    written, dropped, failed = [], 0, False
 
     def write(text):
         show(text)
@@ -133,10 +140,14 @@ def one_turn(answer, history, question):
 
     show("A: ")
     try:
-        answer([*history, message("user", question)], write)
+        dropped = answer([*system, *turns, message("user", question)], write) or 0
     except KeyboardInterrupt:
         print(" (stopped)")
     except UserError as error:
-        print("\n" * bool(written) + f"({error})")
+        failed = not sys.stdin.isatty()  # nobody sits there who reads what a conversation says in passing
+        print("" if failed else "\n" * bool(written) + f"({error})", flush=True)
+        if failed:
+            tell(f"error: {error}")
     text = "".join(written)
-    return [message("user", question), message("assistant", text)] if text else []
+    added = [message("user", question), message("assistant", text)] if text else []
+    return turns[dropped:] + added, failed

@@ -39,6 +39,7 @@ LABELS = {
         "empty": "`{folder}` 里没有检查点。在仓库的文件夹里运行下面的命令：几分钟后，你自己从零训练的模型就会回答。",
         "empty_after": "训练结束后点一下按钮。模型在别的文件夹时，启动时指明它：",
         "no_models": "服务器没有列出模型。",
+        "no_version": "服务器没有列出模型；地址末尾是不是少了 /v1？",
     },
     "en": {
         "intro": "A small Chinese language model, answering on this very machine.",
@@ -76,5 +77,6 @@ LABELS = {
         "model that you trained from nothing will answer.",
         "empty_after": "When it is done, press the button. Where your models are in another folder, name it at the start:",
         "no_models": "The server lists no model.",
+        "no_version": "The server lists no model; is /v1 missing at the end of its address?",
     },
 }

@@ -35,14 +35,18 @@ class SharedEngine:
             self.lock.release()
 
     def add_adapter(self, path):
-        """The name under which the engine has the adapter in the file `path`, read unless it has been. Raises UserError
-        where it does not fit."""
+        """The name under which the engine has the adapter in the file `path`, read unless it has been; what the file held
+        before is dropped, once no request asks for it. Raises UserError where it does not fit."""
         name = f"{path}@{path.stat().st_mtime_ns}"
         with self.turn() as engine:
             if name not in engine.adapters:
                 adapter = read_adapter(path)
                 check_base(adapter, self.checkpoint)
                 engine.add_adapter(name, adapter)
+            for other in [other for other in engine.adapters if other and other.rpartition("@")[0] == str(path)]:
+                if other != name:
+                    with contextlib.suppress(UserError):  # it is still asked for: the next call tries again
+                        engine.remove_adapter(other)
         return name
 
     def stream(self, messages, parameters, adapter=None):

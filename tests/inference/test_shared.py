@@ -128,12 +128,19 @@ def test_an_adapter_is_read_once_and_again_when_its_file_is_new(tmp_path, small_
     first = save(0)
     read = shared.engine.adapters[first]
     assert shared.add_adapter(path) == first and shared.engine.adapters[first] is read
+
+    def pieces(name):
+        return shared.stream(question("你好"), GREEDY, name)
+
+    def text(pieces):
+        return "".join(piece.text for piece in pieces)
+
+    running = pieces(first)
+    next(running)
     second = save(1)
-
-    def text(name):
-        return "".join(piece.text for piece in shared.stream(question("你好"), GREEDY, name))
-
-    assert len({text(None), text(first), text(second)}) == 3
+    assert first in shared.engine.adapters, "a request asks for it"
+    assert len({text(pieces(None)), text(running), text(pieces(second))}) == 3
+    assert shared.add_adapter(path) == second and shared.engine.adapters.keys() == {None, second}
     with pytest.raises(UserError, match="was trained on"):
         save(2, {**parent, "sha256": "0" * 64})
 
