@@ -182,14 +182,6 @@ class Engine:
         finally:
             self.use_adapter(in_use)  # the running requests go on with it
 
-    def remove_adapter(self, name):
-        """Forget the adapter of that name, if there is one. Raises UserError while requests for it are not done."""
-        if any(request.adapter == name for request in (*self.rows, *self.waiting)):
-            raise UserError(f"the adapter {name!r} cannot be removed now: requests for it are not done")
-        if self.adapter == name:
-            self.use_adapter(None)
-        self.adapters.pop(name, None)
-
     def use_adapter(self, name):
         """Let the model's weights be those with the adapter `name`, or without one (None)."""
         if name == self.adapter:
