@@ -53,7 +53,7 @@ def results(tmp_path_factory, small_tokenizer_path, small_tokenizer, sft_csv):
 def finish(process):
     """Wait for a launcher, keep what it wrote in .output and .errors, and return its exit code."""
     try:
-        process.output, process.errors = process.communicate(timeout=600)
+        process.output, process.errors = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise
