@@ -649,7 +649,9 @@ def test_the_longest_prompt_that_fits(server):
     assert_error(server.post(TEXT, {"prompt": [5] * CONTEXT}), 400, f"has {CONTEXT} tokens", f"at most {CONTEXT}")
     reply = server.post(TEXT, {"prompt": [5] * (CONTEXT - 1), "max_tokens": 100}).json()
     assert reply["usage"]["completion_tokens"] == 1 and reply["choices"][0]["finish_reason"] == "length"
-    assert_error(server.post(TEXT, {"prompt": [10**6]}), 400, "token ids outside")
+    for prompt in ([10**6], [[5, 6], [7, 10**6]]):
+        response = server.post(TEXT, {"prompt": prompt})
+        assert_error(response, 400, "prompt: the model's token ids are 0 to 399, got 1000000", param="prompt")
 
 
 # What a field may be besides what it should: hypothesis mixes them.
