@@ -16,6 +16,7 @@ import argparse
 import gc
 import math
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -99,12 +100,14 @@ def main():
 
     loader = threading.Thread(target=load, name="loader", daemon=True)
     loader.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)  # run() does so too, but one more may come after it
     server.run(sockets=[listener])
     if failures:
         raise failures[0]
-    if loader.is_alive():  # a thread in the middle of an import or a file cannot be ended, and waiting takes long
-        os._exit(0)
-    service.join()
+    if not loader.is_alive():
+        service.join()
+    os._exit(0)  # Python's own end would take a while, wait for the loader, and let one more signal be the exit code
 
 
 if __name__ == "__main__":
