@@ -13,8 +13,10 @@ has begun; a second one cuts them off.
 """
 
 import argparse
+import gc
 import math
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -70,27 +72,11 @@ def main():
         warn(f"--host {settings.host} without --api_key: whoever reaches this machine's port {port} can use the model")
 
     # Imported after the arguments are read, so that --help answers at once. torch is not among them: it loads with the model.
-    import uvicorn
-
     from model.inference.api import create_app
+    from model.inference.api_server import Server
 
     app = create_app(settings=settings, defaults=defaults)
-    service, failures = app.state.service, []
-
-    class Server(uvicorn.Server):
-        """Ends with exit code 0 on SIGINT and SIGTERM alike, and on a second one at once."""
-
-        def handle_exit(self, number, frame):
-            self.force_exit, self.should_exit = self.should_exit, True
-            if self.force_exit:
-                service.close(drain=False)
-
-    # No WebSockets, for JSON bodies are all there is; whoever reads nothing cannot hold up the end for ever.
-    patience = int(settings.request_timeout) + 10
-    config = uvicorn.Config(
-        app, lifespan="off", log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=patience
-    )
-    server = Server(config)
+    server, service, failures = Server(app), app.state.service, []
 
     def load():
         try:
@@ -100,9 +86,13 @@ def main():
             sizes = dict(max_batch=settings.max_batch, prefix_rows=settings.max_batch, max_cache_bytes=memory)
             engine, path = open_engine_with_adapters(engine_settings, dict(args.adapters), **sizes)
             engine.generate([[engine.model.config.eos_token_id]], SamplingParameters(max_new_tokens=2))  # warm
+            gc.collect()
+            gc.freeze()  # a large body makes Python look for garbage, for seconds if among all that is loaded
             service.start(engine, Path(path).name.removesuffix(".pth"))
             adapters = f", adapters {', '.join(name for name, _ in args.adapters)}" if args.adapters else ""
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+            if server.should_exit:
+                return
             say(f"{path}: {engine.description}\n{service.name}{adapters} at {url}, Ctrl-C ends it")
         except BaseException as error:
             failures.append(error)
@@ -110,12 +100,14 @@ def main():
 
     loader = threading.Thread(target=load, name="loader", daemon=True)
     loader.start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)  # run() does so too, but one more may come after it
     server.run(sockets=[listener])
-    loader.join()
-    service.close(drain=not server.force_exit)
-    service.join()
     if failures:
         raise failures[0]
+    if not loader.is_alive():
+        service.join()
+    os._exit(0)  # Python's own end would take a while, wait for the loader, and let one more signal be the exit code
 
 
 if __name__ == "__main__":

@@ -128,6 +128,36 @@ def test_the_originals_curl_a_second_ctrl_c_and_a_warning(flags):
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_at_once_while_it_loads(flags, tmp_path, number):
+    """A model that takes for ever to load: its description is a pipe into which nobody writes."""
+    checkpoint = tmp_path / "full_sft_32.pth"
+    checkpoint.write_bytes((flags[1] / "multi_chat/full_sft_32.pth").read_bytes())
+    os.mkfifo(checkpoint.with_suffix(".json"))
+    with server(*flags, "--checkpoint", checkpoint) as (process, url):
+        status = None
+        while status is None:
+            with contextlib.suppress(httpx.ConnectError):
+                status = httpx.get(f"{url}/health", timeout=60).status_code
+        assert status == 503
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+        assert (process.returncode, output, errors) == (0, "", "")
+
+
+def test_signals_of_which_none_prints_anything(flags):
+    """One, and then more and more while it ends, with half a request open."""
+    with server(*flags) as (process, url):
+        assert "full_sft" in process.stdout.readline(), process.stderr.read()
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.2)
+            while process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.02)
+        assert ended(process) == (0, "")
+
+
 def test_what_cannot_be_loaded_ends_it_with_one_line(run, flags, tmp_path):
     missing = tmp_path / "none.pth"
     process = run("my_openai_api.py", "--port", "0", "--checkpoint", missing, *flags)

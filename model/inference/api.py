@@ -31,9 +31,11 @@ from model.settings import SamplingParameters, ServerSettings
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
 GRACE = 5.0  # seconds a reader who has stopped reading has for the error that ends its stream
+ARRIVAL = 30.0  # seconds a whole request has to arrive
 DISCARDED = (
     64 * 2**20
 )  # bytes of a body too large that are read all the same: a client that still writes reads no answer
+DISCARDED_WITHOUT_KEY = 32 * 2**20
 ERRORS = {"content": {"application/json": {}}, "description": "an error in OpenAI's shape"}
 ANSWERS = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, or a stream of it"},
@@ -121,9 +123,9 @@ def on_invalid(request, error):
 
 
 def on_http_error(request, error):
-    """An address that is none, a wrong method, a body that is no text."""
+    """An address that is none, a wrong method, a body that cannot be read."""
     message = {
-        400: "the body cannot be read as JSON in UTF-8",
+        400: f"the body cannot be read as JSON in UTF-8: {why_unreadable(error.__cause__)}",
         404: f"{request.url.path}: no such address",
         405: f"{request.method} is not for {request.url.path}",
     }
@@ -132,10 +134,36 @@ def on_http_error(request, error):
     )
 
 
+def why_unreadable(error):
+    """What is wrong with a body that makes Python's JSON raise `error`."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error.reason} at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has too many digits"
+
+
 def unknown_model(name):
     return ApiError(
         404, f"the model {name!r} does not exist; GET /v1/models lists those that do", "model", "model_not_found"
     )
+
+
+def shutting_down():
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
+@contextlib.contextmanager
+def refusals():
+    """Whatever the EngineThread refuses is an ApiError."""
+    try:
+        yield
+    except QueueFull as error:
+        raise ApiError(429, f"{error}; try again soon", code="queue_full", headers={"Retry-After": "1"})
+    except Closed:
+        raise shutting_down()
+    except UserError as error:
+        raise ApiError(400, str(error))
 
 
 def json_response(content, status=200, headers=None):
@@ -189,6 +217,7 @@ class Service:
     def __init__(self, settings, defaults):
         self.settings, self.defaults, self.metrics = settings, defaults, Metrics()
         self.thread, self.name, self.closing, self.created = None, settings.model_name, False, int(time.time())
+        self.arriving = set()  # the asyncio.Timeouts of requests that are not there yet
 
     def start(self, engine, name="minimind"):
         """Answer with `engine`, an Engine, under `name` unless the settings have one, and with its adapters under theirs.
@@ -209,6 +238,12 @@ class Service:
         if self.thread is not None:
             self.thread.close(drain)
 
+    def refuse_arriving(self):
+        """After close(), where the event loop runs: wait no longer for requests that are not there yet."""
+        for limit in self.arriving:
+            if not limit.expired():
+                limit.reschedule(0)
+
     def join(self):
         """After close(): wait until the open requests have ended."""
         if self.thread is not None:
@@ -217,7 +252,7 @@ class Service:
     def engine_thread(self):
         """The EngineThread; ApiError 503 while there is none, or no more."""
         if self.closing:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
         if self.thread is None:
             raise ApiError(
                 503, "the model is still loading, try again soon", code="loading", headers={"Retry-After": "1"}
@@ -234,31 +269,41 @@ class Service:
         name = body.model if body.model in self.model_names() else self.name
         if self.settings.strict_model and body.model != name:
             raise unknown_model(body.model)
-        tokenizer, length = thread.engine.tokenizer, thread.engine.max_length
-        prompts = await asyncio.to_thread(body.prompts, tokenizer)  # a long text takes a while
-        for ids in prompts:
-            if len(ids) >= length:
-                problem = f"the prompt has {len(ids)} tokens, but prompt and answer together have at most {length}"
-                raise ApiError(
-                    400,
-                    f"{problem}: shorten it",
-                    body.prompt_field,
-                    "context_length_exceeded",
-                )
+        with refusals():
+            thread.check_room(body.prompt_count * body.choices)  # again below, but encoding a long text takes a while
+        prompts = await self.encode(body, thread.engine)
         parameters = [body.parameters(self.defaults, choice) for choice in range(body.choices)]
         wanted = [(ids, each) for ids in prompts for each in parameters]
-        try:
+        with refusals():
             answers = thread.submit_all(wanted, name if name != self.name else None)
-        except QueueFull as error:
-            raise ApiError(429, f"{error}; try again soon", code="queue_full", headers={"Retry-After": "1"})
-        except Closed as error:
-            raise ApiError(503, f"the server is {error}", code="shutting_down")
-        except UserError as error:
-            raise ApiError(400, str(error))
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
-        reply = kind(name, answers.requests, body.choices, tokenizer, body.wants_usage)
+        reply = kind(name, answers.requests, body.choices, thread.engine.tokenizer, body.wants_usage)
         exchange = Exchange(self, answers, reply, request, started)
         return exchange if body.stream else await exchange.whole()
+
+    async def encode(self, body, engine):
+        """The token ids of each prompt of a request. Raises ApiError 400 for one that is too long or not the model's."""
+        self.check_length(body, body.least_tokens(engine.tokenizer), engine.max_length, "at least ")
+        prompts = await asyncio.to_thread(body.prompts, engine.tokenizer)
+        self.check_length(body, max(map(len, prompts)), engine.max_length)
+        largest, vocab_size = max(map(max, prompts)), engine.model.config.vocab_size
+        if largest >= vocab_size:
+            problem = f"the model's token ids are 0 to {vocab_size - 1}, got {largest}"
+            raise ApiError(400, f"{body.prompt_field}: {problem}", body.prompt_field)
+        return prompts
+
+    def check_length(self, body, count, limit, more=""):
+        """Refuse a prompt of `count` tokens that fills the whole context."""
+        if count >= limit:
+            problem = f"the prompt has {more}{count} tokens, but prompt and answer together have at most {limit}"
+            raise ApiError(400, f"{problem}: shorten it", body.prompt_field, "context_length_exceeded")
+
+    def engine_error(self, problem):
+        """The ApiError of an answer that ended with an "error", of which the engine says `problem`."""
+        if "memory" in problem:
+            text = "the server has no memory left for this request; try again soon"
+            return ApiError(503, text, code="out_of_memory", headers={"Retry-After": "1"})
+        return shutting_down() if self.closing else ApiError(500, problem)
 
 
 class Exchange(Response):
@@ -301,7 +346,7 @@ class Exchange(Response):
             async for delta in self.answers:
                 index = self.index[delta.request]
                 if delta.finish_reason == "error":
-                    raise ApiError(500, delta.request.error)
+                    raise self.service.engine_error(delta.request.error)
                 metrics.generated_tokens.inc(len(delta.token_ids))
                 self.measure(index, delta)
                 yield index, delta
@@ -386,30 +431,39 @@ class Gate:
             self.service.metrics.requests.labels(path, scope.get("outcome") or outcome).inc()
 
     async def admit(self, scope, receive):
-        """The whole body of a request that has the key; None when the client leaves. Raises ApiError 401, 408 and 413."""
-        headers = dict(scope["headers"])
-        if scope["path"] != "/health" and not self.has_key(headers.get(b"authorization", b"")):
-            problem = "wrong or missing key: send Authorization: Bearer KEY"
-            raise ApiError(401, problem, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        """The whole body of a request that has the key; None when the client leaves. Raises ApiError 401, 408, 413 and 503."""
+        limit = asyncio.timeout(min(ARRIVAL, self.service.settings.request_timeout))
+        self.service.arriving.add(limit)
         try:
-            async with asyncio.timeout(self.service.settings.request_timeout):
+            async with limit:
                 return await self.read_body(scope, receive)
         except TimeoutError:
-            raise ApiError(408, "the request did not arrive in time", headers={"Connection": "close"})
+            late = ApiError(408, "the request did not arrive in time")
+            refused = shutting_down() if self.service.closing else late
+            refused.headers = {"Connection": "close"}
+            raise refused
+        finally:
+            self.service.arriving.discard(limit)
 
     async def read_body(self, scope, receive):
-        """The body; None when the client leaves. Raises ApiError 413."""
-        limit, parts, size = self.service.settings.max_body_bytes, [], 0
-        while True:
+        """The body; None when the client leaves. Raises ApiError 401 and 413, once it has read what the client writes."""
+        headers, limit = dict(scope["headers"]), self.service.settings.max_body_bytes
+        known = scope["path"] == "/health" or self.has_key(headers.get(b"authorization", b""))
+        most = limit + DISCARDED if known else DISCARDED_WITHOUT_KEY
+        parts, size, more = [], 0, True
+        while more and size <= most:
             message = await receive()
             if message["type"] == "http.disconnect":
                 scope["outcome"] = "disconnected"
                 return None
-            size += len(message.get("body", b""))
-            if size <= limit:
-                parts.append(message.get("body", b""))
-            if size > DISCARDED or not message.get("more_body"):
-                break
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            if known and size <= limit:
+                parts.append(part)
+        if not known:
+            problem = "wrong or missing key: send Authorization: Bearer KEY"
+            headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+            raise ApiError(401, problem, code="invalid_api_key", headers=headers)
         if size > limit:
             raise ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
         return b"".join(parts)

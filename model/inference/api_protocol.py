@@ -1,11 +1,13 @@
 """OpenAI's API as data: the requests that are understood, with their limits, and the shapes of replies and errors.
 
 What a client sends is honoured, or refused by name where ignoring it would give another answer than the one it asked for
-(UNSUPPORTED). Fields unknown here are ignored, as clients expect.
+(UNSUPPORTED). Fields that change no answer (user, metadata, store, service_tier, ...) and those unknown here are ignored, as
+clients expect.
 """
 
 import dataclasses
 import functools
+import math
 import time
 import uuid
 from typing import Annotated, ClassVar, Literal
@@ -29,8 +31,12 @@ UNSUPPORTED = {
     "web_search_options": (),
     "suffix": ("",),
     "echo": (False,),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "moderation": (),
 }
-MOST_PROMPTS = 1000  # of a request; the queue holds fewer, but that is known only when all have been encoded
+MOST_PROMPTS = 1000  # of a request; the server may hold fewer
+MOST_MESSAGES = 1000  # of a conversation; a turn is a few tokens at least
 LEAST_LOG_PROBABILITY = -9999.0  # JSON has no infinity; OpenAI's number for it
 
 
@@ -173,6 +179,21 @@ class SamplingRequest(Strict):
         return self.max_tokens
 
     @property
+    def prompt_count(self):
+        """How many prompts there are."""
+        raise NotImplementedError
+
+    @property
+    def texts(self):
+        """What is to be encoded, a text for each prompt; none where they are token ids already."""
+        raise NotImplementedError
+
+    def least_tokens(self, tokenizer):
+        """How many tokens the longest prompt has at least, as is known before it is encoded, which takes long."""
+        sizes = [len(text.encode()) for text in self.texts]
+        return math.ceil(max(sizes, default=0) / longest_token(tokenizer))
+
+    @property
     def wanted_logprobs(self):
         """How many tokens' log-probabilities beside the own one; None: no log-probabilities."""
         raise NotImplementedError
@@ -203,7 +224,7 @@ class ChatRequest(SamplingRequest):
 
     prompt_field: ClassVar = "messages"
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -225,6 +246,14 @@ class ChatRequest(SamplingRequest):
     def wanted_logprobs(self):
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    @property
+    def prompt_count(self):
+        return 1
+
+    @property
+    def texts(self):
+        return ["".join(message.text for message in self.messages)]
+
     def prompts(self, tokenizer):
         """[token ids of the conversation], up to where the assistant writes."""
         messages = [{"role": message.role, "content": message.text} for message in self.messages]
@@ -245,11 +274,18 @@ class CompletionRequest(SamplingRequest):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     best_of: Annotated[int, Field(description="only as n is")] | None = None
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def refuse_too_many(cls, value):
+        """Before they are looked at one by one, which takes long."""
+        if isinstance(value, list) and len(value) > MOST_PROMPTS and not isinstance(value[0], int):
+            limits = {"most": MOST_PROMPTS, "count": len(value)}
+            raise PydanticCustomError("too_many", "at most {most} at once, got {count}", limits)
+        return value
+
     @model_validator(mode="after")
-    def check_prompts_and_best_of(self):
+    def check_best_of(self):
         """To choose among more answers than asked for is not supported."""
-        if not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int) and len(self.prompt) > MOST_PROMPTS:
-            raise refusal("prompt", f"prompt: at most {MOST_PROMPTS} at once, got {len(self.prompt)}")
         if self.best_of not in (None, self.choices):
             raise refusal("best_of", "best_of is not supported by this server, except when it equals n")
         return self
@@ -258,12 +294,24 @@ class CompletionRequest(SamplingRequest):
     def wanted_logprobs(self):
         return self.logprobs
 
+    @property
+    def several(self):
+        """The prompts, all of them texts or all of them token ids."""
+        return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
+
+    @property
+    def prompt_count(self):
+        return len(self.several)
+
+    @property
+    def texts(self):
+        return self.several if isinstance(self.several[0], str) else []
+
     def prompts(self, tokenizer):
         """Token ids of each prompt. A text begins with <s>, as documents did in training; ids are taken as they are."""
-        several = [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
-        if not isinstance(several[0], str):
-            return several
-        return [[tokenizer.bos_token_id, *ids] for ids in encode_texts(tokenizer, several)]
+        if not self.texts:
+            return self.several
+        return [[tokenizer.bos_token_id, *ids] for ids in encode_texts(tokenizer, self.texts)]
 
 
 FIELDS = {
@@ -397,6 +445,12 @@ class CompletionReply(Reply):
             "top_logprobs": tops if pairs and self.requests[index].parameters.logprobs else None,
             "text_offset": offsets,
         }
+
+
+@functools.lru_cache(maxsize=4)
+def longest_token(tokenizer):
+    """How many bytes of text a token is at most."""
+    return max(map(len, token_bytes(tokenizer)))
 
 
 def bytes_of(tokenizer, token):

@@ -71,23 +71,26 @@ class EngineThread:
         """The Answers to `prompts`, [(token ids, SamplingParameters), ...], with the adapter of that name; to be called where
         an event loop runs. All are taken or none.
 
-        Raises QueueFull, Closed, what Engine.add does, and UserError for more prompts than the queue ever holds.
+        Raises what check_room and Engine.add do.
         """
-        if len(prompts) > self.max_open:
-            raise UserError(
-                f"{len(prompts)} answers at once, but this server holds {self.max_open} requests: ask fewer"
-            )
         requests = [self.engine.new_request(ids, parameters, adapter) for ids, parameters in prompts]
         answers = Answers(self, requests)
         with self.changed:
-            if self.closing:
-                raise Closed("shutting down")
-            if len(self.open) + len(requests) > self.max_open:
-                raise QueueFull(f"{len(self.open)} requests are running or waiting already")
+            self.check_room(len(requests))
             self.open.update(dict.fromkeys(requests, answers))
             self.submitted += requests
             self.changed.notify()
         return answers
+
+    def check_room(self, count):
+        """Raise QueueFull or Closed where `count` more prompts would not be taken now, and UserError where they never are."""
+        with self.changed:
+            if count > self.max_open:
+                raise UserError(f"{count} answers at once, but this server holds {self.max_open} requests: ask fewer")
+            if self.closing:
+                raise Closed("shutting down")
+            if len(self.open) + count > self.max_open:
+                raise QueueFull(f"{len(self.open)} requests are running or waiting already")
 
     def cancel(self, requests):
         """Let the thread cancel those of `requests` that have not ended."""

@@ -10,8 +10,12 @@ import random
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import httpx
+import hypothesis
+import jsonschema
 import openai
 import pytest
 import schemathesis
@@ -509,6 +513,22 @@ def test_a_bug_of_the_engine_is_a_500_an_event_in_mid_stream_and_not_the_end(ser
     assert server.post(CHAT, QUESTION).status_code == 200
 
 
+def test_no_memory_is_a_503_to_come_back_after(server, monkeypatch):
+    """The engine finds none for a row of the cache; then in the middle of a step."""
+
+    def none_left(*arguments):
+        raise MemoryError
+
+    for name in ("reserve_rows", "decode"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, name, none_left)
+            response = server.post(CHAT, QUESTION)
+            assert_error(response, 503, "no memory left")
+            assert response.headers["Retry-After"] == "1" and response.json()["error"]["code"] == "out_of_memory"
+            assert '"code":"out_of_memory"' in server.post(CHAT, ENDLESS).text
+    assert server.post(CHAT, QUESTION).status_code == 200
+
+
 def test_a_bug_of_the_server_is_a_500_without_details(server, monkeypatch):
     def broken(*arguments):
         raise ZeroDivisionError("secret detail")
@@ -620,6 +640,43 @@ def test_bodies_that_are_none(server, name):
     assert_error(httpx.post(server.url + CHAT, content=BAD_BODIES[name], headers=JSON), 400)
 
 
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("a number", "a number has too many digits"),
+        ("nested without end", "it is nested too deeply"),
+        ("invalid UTF-8", "invalid continuation byte at byte 43"),
+    ],
+)
+def test_why_a_body_cannot_be_read(server, name, why):
+    assert_error(httpx.post(server.url + CHAT, content=BAD_BODIES[name], headers=JSON), 400, f"in UTF-8: {why}")
+
+
+def test_a_large_body_without_the_key_is_401_also_for_clients_that_write_first(model, small_tokenizer):
+    with live(model, small_tokenizer, api_key="right") as server:
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(urllib.request.Request(server.url + CHAT, b" " * 20_000_000, JSON), timeout=30)
+        assert caught.value.code == 401 and json.load(caught.value)["error"]["code"] == "invalid_api_key"
+        caught.value.close()
+
+
+def test_of_bodies_without_end_only_so_much_is_read(small_tokenizer, monkeypatch):
+    monkeypatch.setattr(api, "DISCARDED", 10**5)
+    monkeypatch.setattr(api, "DISCARDED_WITHOUT_KEY", 10**4)
+    gate = api.Gate(None, api.Service(ServerSettings(api_key="right", max_body_bytes=2 * 10**5), None))
+    for headers, status, most in (([], 401, 10**4), ([(b"authorization", b"Bearer right")], 413, 3 * 10**5)):
+        read = 0
+
+        async def receive():
+            nonlocal read
+            read += 1000
+            return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+        with pytest.raises(api.ApiError) as caught:
+            asyncio.run(gate.admit({"path": CHAT, "headers": headers}, receive))
+        assert caught.value.status == status and read == most + 1000
+
+
 def in_pieces(size):
     for _ in range(size // 2**16):
         yield b" " * 2**16
@@ -645,11 +702,35 @@ def test_prompts_of_100_000_characters(server, text):
         assert error["code"] == "context_length_exceeded" and error["param"] in body
 
 
+def test_what_cannot_fit_or_be_taken_is_refused_before_it_is_encoded(server, small_tokenizer, monkeypatch):
+    def encoded(*arguments):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr("model.inference.api_protocol.encode_texts", encoded)
+    monkeypatch.setattr("model.inference.api_protocol.render_conversation", encoded)
+    longest = max(map(len, token_bytes(small_tokenizer)))
+    text = "a" * (CONTEXT * longest)
+    half = [{"role": role, "content": text[: len(text) // 2]} for role in ("system", "user")]
+    for path, body in ((TEXT, {"prompt": text}), (TEXT, {"prompt": ["x", text]}), (CHAT, {"messages": half})):
+        response = server.post(path, body)
+        assert_error(response, 400, f"the prompt has at least {CONTEXT} tokens", f"at most {CONTEXT}")
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert_error(server.post(TEXT, {"prompt": ["x"] * 500, "n": 2}), 400, "1000 answers at once")
+    monkeypatch.setattr(api.EngineThread, "check_room", lambda thread, count: raise_queue_full())
+    assert_error(server.post(TEXT, {"prompt": "x"}), 429, "7 requests")
+
+
+def raise_queue_full():
+    raise api.QueueFull("7 requests are running or waiting already")
+
+
 def test_the_longest_prompt_that_fits(server):
     assert_error(server.post(TEXT, {"prompt": [5] * CONTEXT}), 400, f"has {CONTEXT} tokens", f"at most {CONTEXT}")
     reply = server.post(TEXT, {"prompt": [5] * (CONTEXT - 1), "max_tokens": 100}).json()
     assert reply["usage"]["completion_tokens"] == 1 and reply["choices"][0]["finish_reason"] == "length"
-    assert_error(server.post(TEXT, {"prompt": [10**6]}), 400, "token ids outside")
+    for prompt in ([10**6], [[5, 6], [7, 10**6]]):
+        response = server.post(TEXT, {"prompt": prompt})
+        assert_error(response, 400, "prompt: the model's token ids are 0 to 399, got 1000000", param="prompt")
 
 
 # What a field may be besides what it should: hypothesis mixes them.
@@ -709,23 +790,37 @@ def in_process_client(small_tokenizer):
 def test_the_description_of_itself_holds():
     """schemathesis on the server's own OpenAPI document: what fits it and what does not, on every address."""
     schema = schemathesis.openapi.from_asgi("/openapi.json", CLIENT["app"])
-    seen = set()
-
+    document, seen = own_document(), {}
     for result in schema.get_all_operations():
-        strategy = result.ok().as_strategy()
+        for mode in schemathesis.GenerationMode:
+            # An address without parameters has no wrong ones.
+            with contextlib.suppress(hypothesis.errors.Unsatisfiable):
 
-        @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(case=strategy)
-        def each(case):
-            check_case(case, seen)
+                @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+                @given(case=result.ok().as_strategy(generation_mode=mode))
+                def each(case):
+                    seen.setdefault(case.path, set()).add(check_case(case, document))
 
-        each()
-    assert {CHAT, TEXT, "/v1/models", "/v1/models/{name}", "/health", "/metrics"} <= seen
+                each()
+    assert {"/v1/models", "/v1/models/{name}", "/health", "/metrics"} <= seen.keys()
+    assert {200, 400} <= seen[TEXT] and 400 in seen[CHAT]
 
 
-def check_case(case, seen):
+def own_document():
+    return CLIENT["client"].get("/openapi.json").json()
+
+
+def check_case(case, document):
+    """Ask; whatever comes is an answer or an error in OpenAI's shape, and a body that the document forbids is refused."""
     response = case.call()
-    seen.add(case.path)
-    assert response.status_code < 500, (case.body, response.text)
-    if response.status_code >= 400:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    if response.status_code != 200:
+        assert 400 <= response.status_code < 500, (case.body, response.text)
+        assert response.headers["content-type"] == ["application/json"]
+        assert_error(response, response.status_code)
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    if case.path in (CHAT, TEXT):
+        name = "ChatRequest" if case.path == CHAT else "CompletionRequest"
+        schema = {**document, "$ref": f"#/components/schemas/{name}"}
+        fits = jsonschema.Draft202012Validator(schema).is_valid(case.body) if isinstance(case.body, dict) else False
+        assert fits or response.status_code >= 400, (case.body, response.text)
+    return response.status_code

@@ -1,8 +1,10 @@
 """OpenAI's API as data: limits, refusals by name, what a request means for the engine, and replies that agree with their streams."""
 
+import inspect
 import json
 import math
 
+import openai
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -57,8 +59,35 @@ def test_what_cannot_be_honoured_is_refused_by_name(name):
             make(**{name: value})
 
 
-def test_fields_that_nobody_knows_are_ignored():
-    chat(user="me", metadata={"a": "b"}, store=True, service_tier="auto", parallel_tool_calls=False, something_new=[1])
+# What the openai package sends, and it changes no answer: accounts, caches, other machines of OpenAI's.
+HARMLESS = {
+    "metadata": {"a": "b"}, "parallel_tool_calls": False, "prompt_cache_key": "k", "prompt_cache_options": {"ttl": "1h"},
+    "prompt_cache_retention": "24h", "safety_identifier": "me", "service_tier": "auto", "store": True, "user": "me",
+}  # fmt: skip
+HOW_IT_IS_SENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+
+
+@pytest.mark.parametrize(
+    "make, kind, create",
+    [
+        (chat, ChatRequest, openai.resources.chat.Completions.create),
+        (text, CompletionRequest, openai.resources.Completions.create),
+    ],
+)
+def test_every_field_that_the_openai_package_sends_is_honoured_refused_or_harmless(make, kind, create):
+    fields = inspect.signature(create).parameters.keys() - HOW_IT_IS_SENT
+    assert len(fields) > 15
+    for name in fields:
+        assert (name in kind.model_fields) + (name in UNSUPPORTED) + (name in HARMLESS) == 1, name
+    assert make(**HARMLESS, something_new=[1]) == make()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [dict(reasoning_effort="high"), dict(reasoning_effort="minimal"), dict(verbosity="low"), dict(moderation={})],
+)
+def test_what_would_ask_for_another_answer_is_refused(fields):
+    assert refused(chat, **fields)["param"] in fields
 
 
 @pytest.mark.parametrize(
@@ -102,6 +131,7 @@ def test_fields_that_nobody_knows_are_ignored():
         (chat, dict(messages=None), "messages"),
         (chat, dict(messages=[]), "messages"),
         (chat, dict(messages={}), "messages"),
+        (chat, dict(messages=[USER] * 1001), "messages"),
         (chat, dict(messages=["hello"]), "messages.0"),
         (chat, dict(messages=[{"content": "x"}]), "messages.0.role"),
         (chat, dict(messages=[{"role": "user"}]), "messages.0.content"),
@@ -205,6 +235,35 @@ def test_the_servers_defaults_hold_for_what_is_not_said_and_seeds_differ_by_choi
     found = chat(top_k=0, seed=2**63 - 1).parameters(defaults, choice=3)
     assert found == SamplingParameters(temperature=0.7, top_k=0, seed=2**63 + 2, max_new_tokens=2**31)
     assert chat().parameters(defaults, choice=3).seed is None
+
+
+@pytest.mark.parametrize("item", ["x", "\ud800", [5], [-1], {}, None, 0.5])
+def test_too_many_prompts_are_refused_before_any_is_looked_at(item):
+    assert refused(text, prompt=[item] * 1001)["message"] == "prompt: at most 1000 at once, got 1001"
+    assert text(prompt=[5] * 1001).prompt_count == 1
+
+
+def test_too_many_messages_are_refused_before_those_behind_are_looked_at():
+    class Unseen(dict):
+        def __getitem__(self, name):
+            raise AssertionError("looked at")
+
+    assert "at most 1000" in refused(chat, messages=[USER] * 1001 + [Unseen()])["message"]
+    assert len(chat(messages=[USER] * 1000).messages) == 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(st.sampled_from("你好的面条很好吃ab \n龘"), max_size=30), min_size=1, max_size=3))
+def test_how_many_tokens_a_prompt_has_at_least(texts):
+    tokenizer = OBJECTS["tokenizer"]
+    longest = max(len(piece) for piece in token_bytes(tokenizer))
+    for request in (text(prompt=texts), chat(messages=[{"role": "user", "content": word} for word in texts])):
+        least = request.least_tokens(tokenizer)
+        assert least <= max(map(len, request.prompts(tokenizer))) and request.prompt_count == len(
+            request.prompts(tokenizer)
+        )
+    assert least == math.ceil(len("".join(texts).encode()) / longest)
+    assert text(prompt=[[5] * 9, [6]]).least_tokens(tokenizer) == 0
 
 
 def test_prompts(small_tokenizer):

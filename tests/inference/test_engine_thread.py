@@ -92,8 +92,11 @@ def test_a_full_queue_takes_all_or_nothing_and_has_room_again():
         second = thread.submit([6], GREEDY)
         with pytest.raises(QueueFull):
             thread.submit([6], GREEDY)
-        with pytest.raises(UserError, match="4 answers at once, but this server holds 3"):
-            thread.submit_all([([5], GREEDY)] * 4)
+        for refused in (lambda: thread.submit_all([([5], GREEDY)] * 4), lambda: thread.check_room(4)):
+            with pytest.raises(UserError, match="4 answers at once, but this server holds 3"):
+                refused()
+        with pytest.raises(QueueFull):
+            thread.check_room(1)
         first.cancel()
         assert len((await tokens_of(second))[0]) == 12
         await until(lambda: not thread.open)
@@ -201,8 +204,9 @@ def test_close_drains_and_takes_no_more():
     async def ask():
         answers = thread.submit_all([(prompt, GREEDY) for prompt in random_prompts(5)])
         thread.close()
-        with pytest.raises(Closed):
-            thread.submit([5], GREEDY)
+        for refused in (lambda: thread.submit([5], GREEDY), lambda: thread.check_room(1)):
+            with pytest.raises(Closed):
+                refused()
         assert [len(tokens) for tokens in await tokens_of(answers)] == [12] * 5
 
     with engine_thread(max_batch=2) as thread:
