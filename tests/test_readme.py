@@ -42,7 +42,6 @@ EXTRA = {
     "benchmarks/ceval.py": ["--presets", "minimind-tiny", "--subjects", "1", "--questions", "4", "--repeats", "1"],
     "benchmarks/exports.py": ["--preset", "minimind-tiny", "--new_tokens", "3", "--requests", "2", "--repeats", "1"],
     "benchmarks/serving.py": ["--preset", "minimind-tiny", "--parts", "http", "--requests", "2", "--repeats", "1"],
-    "benchmarks/scaling.py": ["--steps", "1", "--batch_size", "2", "--max_seq_len", "16"],
     "benchmarks/token_cache.py": ["--megabytes", "1", "--repeats", "1"],
     "benchmarks/data_process.py": ["--megabytes", "1"],
     "benchmarks/context_length.py": ["--tokens", "256"],
