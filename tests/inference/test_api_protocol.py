@@ -257,12 +257,14 @@ def test_too_many_messages_are_refused_before_those_behind_are_looked_at():
 def test_how_many_tokens_a_prompt_has_at_least(texts):
     tokenizer = OBJECTS["tokenizer"]
     longest = max(len(piece) for piece in token_bytes(tokenizer))
-    for request in (text(prompt=texts), chat(messages=[{"role": "user", "content": word} for word in texts])):
-        least = request.least_tokens(tokenizer)
-        assert least <= max(map(len, request.prompts(tokenizer))) and request.prompt_count == len(
-            request.prompts(tokenizer)
-        )
-    assert least == math.ceil(len("".join(texts).encode()) / longest)
+    several, joined = text(prompt=texts), chat(messages=[{"role": "user", "content": word} for word in texts])
+    for request, size in (
+        (several, max(len(word.encode()) for word in texts)),
+        (joined, len("".join(texts).encode())),
+    ):
+        prompts = request.prompts(tokenizer)
+        assert math.ceil(size / longest) == request.least_tokens(tokenizer) <= max(map(len, prompts))
+        assert request.prompt_count == len(prompts)
     assert text(prompt=[[5] * 9, [6]]).least_tokens(tokenizer) == 0
 
 
