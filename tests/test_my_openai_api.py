@@ -2,6 +2,7 @@
 client in the terminal and the chat page."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 
 import httpx
+import psutil
 import pytest
 
 from conftest import ROOT, assert_one_line_error, save_chat, trained_adapter
@@ -73,6 +75,27 @@ def ended(process, timeout=60):
     return process.returncode, errors
 
 
+def assert_many_lists_are_refused_quickly(process, client):
+    """200,000 lists in a body cost the server little more than they cost here, where nobody looks for garbage among them."""
+    body = '{"prompt": [' + "[1]," * 200_000 + "[1]]}"
+    gc.disable()
+    started = time.process_time()
+    kept = json.loads(body)
+    alone = time.process_time() - started
+    gc.enable()
+    assert len(kept["prompt"]) == 200_001
+
+    def seconds():
+        before = psutil.Process(process.pid).cpu_times()
+        assert (
+            client.post("/completions", content=body, headers={"Content-Type": "application/json"}).status_code == 400
+        )
+        after = psutil.Process(process.pid).cpu_times()
+        return after.user + after.system - before.user - before.system
+
+    assert min(seconds() for _ in range(3)) < 10 * alone
+
+
 def test_it_listens_at_once_serves_the_newest_chat_model_and_its_adapters_and_drains(flags):
     words = (*flags, "--lora", f"law={flags[1] / 'lora_law_32.pth'}", "--strict_model", "--host", "0.0.0.0")
     with server(*words, environment={"MINIMIND_API_KEY": "secret-key"}) as (process, url):
@@ -97,6 +120,7 @@ def test_it_listens_at_once_serves_the_newest_chat_model_and_its_adapters_and_dr
 
         assert answer("law")["model"] == "law" and answer("law")["choices"] != answer("full_sft_32")["choices"]
         assert answer("other")["error"]["code"] == "model_not_found"
+        assert_many_lists_are_refused_quickly(process, client)
         body = {**QUESTION, "model": "law", "stream": True, "max_tokens": 200, "temperature": 1}
         with client.stream("POST", "/chat/completions", json=body) as response:
             events = response.iter_lines()
