@@ -135,8 +135,8 @@ def one_turn(answer, system, turns, question):
     written, dropped, failed = [], 0, False
 
     def write(text):
+        written.append(text)  # first: Ctrl-C may come in between
         show(text)
-        written.append(text)
 
     show("A: ")
     try:

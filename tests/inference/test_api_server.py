@@ -132,7 +132,7 @@ def test_an_answer_that_has_begun_is_finished_however_long_it_takes(running, mon
     replies = []
     asking = threading.Thread(target=lambda: replies.append(httpx.post(running.url + CHAT, json=body, timeout=30)))
     asking.start()
-    until(lambda: running.engine.running)
+    until(lambda: running.engine.lane.running)
     running.signal()
     assert running.seconds_to_end() > 0.5
     asking.join()
@@ -152,7 +152,7 @@ def test_the_second_signal_cuts_off_answers_and_says_so(running, monkeypatch, st
 
     asking = threading.Thread(target=ask)
     asking.start()
-    until(lambda: running.engine.running)
+    until(lambda: running.engine.lane.running)
     running.signal()
     time.sleep(0.3)
     assert running.thread.is_alive()
