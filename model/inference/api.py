@@ -30,12 +30,10 @@ from model.settings import SamplingParameters, ServerSettings
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would hold a stream back
-GRACE = 5.0  # seconds a reader who has stopped reading has for the error that ends its stream
+GRACE = 5.0  # seconds a reader who has stopped reading has for the end of its stream, be it an error
 ARRIVAL = 30.0  # seconds a whole request has to arrive
-DISCARDED = (
-    64 * 2**20
-)  # bytes of a body too large that are read all the same: a client that still writes reads no answer
-DISCARDED_WITHOUT_KEY = 32 * 2**20
+# Bytes of a body that are read although it is refused: a client that still writes reads no answer.
+DISCARDED, DISCARDED_WITHOUT_KEY = 64 * 2**20, 32 * 2**20
 ERRORS = {"content": {"application/json": {}}, "description": "an error in OpenAI's shape"}
 ANSWERS = {
     200: {"content": {"application/json": {}, "text/event-stream": {}}, "description": "the answer, or a stream of it"},
@@ -147,6 +145,13 @@ def unknown_model(name):
     return ApiError(
         404, f"the model {name!r} does not exist; GET /v1/models lists those that do", "model", "model_not_found"
     )
+
+
+def check_length(body, count, limit, more=""):
+    """Refuse a prompt of `count` tokens that fills the whole context."""
+    if count >= limit:
+        problem = f"the prompt has {more}{count} tokens, but prompt and answer together have at most {limit}"
+        raise ApiError(400, f"{problem}: shorten it", body.prompt_field, "context_length_exceeded")
 
 
 def shutting_down():
@@ -283,20 +288,14 @@ class Service:
 
     async def encode(self, body, engine):
         """The token ids of each prompt of a request. Raises ApiError 400 for one that is too long or not the model's."""
-        self.check_length(body, body.least_tokens(engine.tokenizer), engine.max_length, "at least ")
+        check_length(body, body.least_tokens(engine.tokenizer), engine.max_length, "at least ")
         prompts = await asyncio.to_thread(body.prompts, engine.tokenizer)
-        self.check_length(body, max(map(len, prompts)), engine.max_length)
+        check_length(body, max(map(len, prompts)), engine.max_length)
         largest, vocab_size = max(map(max, prompts)), engine.model.config.vocab_size
         if largest >= vocab_size:
             problem = f"the model's token ids are 0 to {vocab_size - 1}, got {largest}"
             raise ApiError(400, f"{body.prompt_field}: {problem}", body.prompt_field)
         return prompts
-
-    def check_length(self, body, count, limit, more=""):
-        """Refuse a prompt of `count` tokens that fills the whole context."""
-        if count >= limit:
-            problem = f"the prompt has {more}{count} tokens, but prompt and answer together have at most {limit}"
-            raise ApiError(400, f"{problem}: shorten it", body.prompt_field, "context_length_exceeded")
 
     def engine_error(self, problem):
         """The ApiError of an answer that ended with an "error", of which the engine says `problem`."""

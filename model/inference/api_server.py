@@ -4,7 +4,7 @@ import asyncio
 
 import uvicorn
 
-GRACE = 5.0  # seconds that readers have once the last answer is complete
+from model.inference.api import GRACE
 
 
 class Server(uvicorn.Server):
@@ -33,7 +33,7 @@ class Server(uvicorn.Server):
         hanging_up.cancel()
 
     async def hang_up(self):
-        """Close the connections whose clients do not read the end of their answers in time, nor send their request."""
+        """Close the connections whose clients have not read the end of their answers, GRACE seconds after the last one."""
         await asyncio.to_thread(self.service.join)
         for _ in range(20):
             await asyncio.sleep(GRACE / 20)
