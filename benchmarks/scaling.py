@@ -5,11 +5,12 @@
 
 On CPUs each process has one thread, and one process with as many threads stands beside them: the same cores, without
 messages. A step is what the loop does: forward, backward, gradient norm, fused AdamW, and what the ranks tell each other.
-Every second step of several processes leaves that out; the difference of the medians is what DDP costs a step. The last
-line is JSON.
+Every second step of several processes leaves that out; the difference of the medians is what DDP costs a step, and what ZeRO 2
+does where DeepSpeed is installed, whose steps are measured in a run of their own. The last line is JSON.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -49,7 +50,8 @@ def make_step(args):
     from model.training.loop import language_model_loss, start
     from model.training.strategy import DataParallel
 
-    settings = TrainingSettings(device=args.device, batch_size=args.batch_size)
+    zero = dict(deepspeed="auto", zero_stage=2) if os.environ["MINIMIND_MEASURES"] == "ZeRO 2" else {}
+    settings = TrainingSettings(device=args.device, batch_size=args.batch_size, **zero)
     device = start(settings)
     if args.batch_size % ranks.world_size():
         raise UserError(
@@ -60,7 +62,10 @@ def make_step(args):
         model = Transformer(preset_config(args.preset, max_seq_len=args.max_seq_len)).to(device).train()
     except ValueError as error:
         raise UserError(f"--preset: {error}", exit_code=2) from None
-    strategy = DataParallel(model, settings.resolved(device, 1), device, dtype)
+    strategy, settings = DataParallel, settings.resolved(device, 1)
+    if zero:
+        from model.training.deepspeed import ZeRO as strategy
+    strategy = strategy(model, settings, device, dtype)
     ids = torch.randint(0, model.config.vocab_size, (rows, args.max_seq_len), device=device)
     batch, items = (
         dict(input_ids=ids, labels=ids),
@@ -87,12 +92,13 @@ def make_step(args):
 def measure(args):
     """One rank's part: take turns with and without the others; the main rank prints its numbers as JSON."""
     step, machine = make_step(args)
-    seconds = {True: [], False: []}
+    seconds, always = {True: [], False: [0.0]}, os.environ["MINIMIND_MEASURES"] == "ZeRO 2"
     for turn in range(2 * args.steps + 4):
+        together = always or turn % 2 == 0
         began = time.perf_counter()
-        step(turn % 2 == 0)
+        step(together)
         if turn >= 4:
-            seconds[turn % 2 == 0].append(time.perf_counter() - began)
+            seconds[together].append(time.perf_counter() - began)
     if os.environ.get("RANK", "0") == "0":
         print(
             json.dumps(
@@ -101,10 +107,10 @@ def measure(args):
         )
 
 
-def run_ranks(processes, threads):
-    """What `processes` ranks of this script measure, each with so many threads."""
+def run_ranks(processes, threads, what="DDP"):
+    """What `processes` ranks of this script measure, each with so many threads. what: "DDP" or "ZeRO 2"."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MINIMIND_MEASURES": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MINIMIND_MEASURES": what}
     finished = subprocess.run([*command, *sys.argv], env=environment, stdout=subprocess.PIPE, text=True)
     if finished.returncode:
         raise UserError("one of the processes failed; its error stands above")
@@ -125,15 +131,23 @@ def main():
     for name, rate in rates.items():
         print(f"{name:22s} {rate:12,.0f} tokens/s")
     several = results[f"{args.processes} processes"]
-    overhead = several["together"] - several["alone"]
-    print(f"DDP costs a step {1000 * overhead:.1f} ms of {1000 * several['together']:.1f}")
+    seconds = {"ddp": several["together"]}
+    if args.processes > 1 and importlib.util.find_spec("deepspeed"):
+        seconds["zero2"] = run_ranks(args.processes, 1, "ZeRO 2")["together"]
+    overheads = {}
+    for name, whole in seconds.items():
+        overhead = whole - several["alone"]
+        overheads |= {
+            f"{name}_overhead_ms": round(1000 * overhead, 2),
+            f"{name}_overhead_share": round(overhead / whole, 4),
+        }
+        print(f"{name} costs a step {1000 * overhead:.1f} ms of {1000 * whole:.1f}")
     result = {
         "preset": args.preset,
         **{name: several[name] for name in ("device", "dtype")},
         "tokens_per_step": tokens,
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "ddp_overhead_ms": round(1000 * overhead, 2),
-        "ddp_overhead_share": round(overhead / several["together"], 4),
+        **overheads,
     }
     print(json.dumps(result))
 
