@@ -135,7 +135,7 @@ def test_quickstart_goes_all_the_way(tmp_path):
 
 def needs_nothing(line):
     """Whether a command is a benchmark that no other command has to prepare."""
-    return line.startswith("python benchmarks/") and "--checkpoint" not in line
+    return line.startswith("python benchmarks/") and not re.search("--(checkpoint|data_path)", line)
 
 
 def test_every_benchmark_runs(copy):
