@@ -51,6 +51,11 @@ class Request:
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.held_back = ""
 
+    @property
+    def rest(self):
+        """How many tokens of the prompt are to be read."""
+        return len(self.prompt_ids) - self.read
+
     def accept(self, token, log_probability=None):
         """Take the next token, and what Sampler says of its probability; returns the Delta it causes."""
         stopped = token in self.stop_token_ids
@@ -116,8 +121,9 @@ class Engine:
     SamplingParameters.seed). Not thread-safe: one thread owns an engine.
 
     Prompts are read in pieces between the steps of the running requests (chunked prefill; Agrawal et al. 2023, SARATHI,
-    arXiv 2308.16369), in turn the first that came and the one of which least is left, so that a long one holds nobody up. What a prompt has in common with one that is in the cache, or
-    among the last prefix_rows that were, is copied from there instead of being computed again.
+    arXiv 2308.16369), in turn the first that came and the one of which least is left, so that a long one holds nobody up.
+    What a prompt has in common with one that is in the cache, or among the last prefix_rows that were, is copied from there
+    instead of being computed again.
 
     model: a Transformer, left in evaluation mode. tokenizer: needed for text and stop strings, not for token ids.
     max_batch: how many requests run at once; others wait their turn. max_length: most tokens of prompt and answer
@@ -168,7 +174,7 @@ class Engine:
         changes. Whether it was trained on these weights, model.lora.check_base tells. In half precision it is added to the
         weights as they are, rounded, where --lora adds first and rounds once. Raises UserError where it does not fit, or
         requests for an earlier one of that name are not done."""
-        if name is None or any(request.adapter == name for request in (*self.rows, *self.waiting)):
+        if name is None or self.is_wanted(name):
             raise UserError(
                 f"an adapter cannot be called {name!r} now: requests for another one of that name are not done"
             )
@@ -195,12 +201,16 @@ class Engine:
 
     def remove_adapter(self, name):
         """Forget the adapter of that name, if there is one. Raises UserError while requests for it are not done."""
-        if name is None or any(request.adapter == name for request in (*self.rows, *self.waiting)):
+        if name is None or self.is_wanted(name):
             raise UserError(f"the adapter {name!r} cannot be removed now: requests for it are not done")
         if self.adapter == name:
             self.use_adapter(None)
         self.adapters.pop(name, None)
         self.forget(name)
+
+    def is_wanted(self, name):
+        """Whether a request for the adapter of that name is not done."""
+        return any(request.adapter == name for request in (*self.rows, *self.waiting))
 
     def forget(self, name):
         """Drop what was computed with an adapter of that name."""
@@ -298,7 +308,7 @@ class Engine:
             deltas, pieces = self.reject([request for request, _ in pieces] or admitted, error), []
             if not is_out_of_memory(error):
                 raise
-        done = [request for request, count in pieces if request.read + count == len(request.prompt_ids)]
+        done = [request for request, count in pieces if count == request.rest]
         if logits:
             logits[0] = logits[0][: len(done)]  # of the last piece, which is not the prompt's end, there is no use
         if older:
@@ -362,17 +372,18 @@ class Engine:
         lane.reading += requests
         if requests:
             lane.cache.lengths[len(lane.rows) - len(requests) :] = 0
+        for request in requests:  # now, so that next_pieces knows who has little left
+            self.reuse(request)
 
     def next_pieces(self):
         """[(request, tokens), ...] of the prompts to be read now, which get the first rows behind the running ones: whole rests
         of prompts as long as they stay within the limit together with their padding, and of a longer first one what the limit
         allows."""
         limit, pieces = self.PREFILL_BETWEEN if self.lane.running else self.PREFILL_CHUNK, []
-        rests = {request: self.reuse(request) for request in self.lane.reading}
         # Every other step the shortest first: a short one never waits for several long ones.
-        first = rests.get if self.steps % 2 else lambda request: request.arrival
-        for request in sorted(rests, key=first):
-            rest = rests[request]
+        first = (lambda request: request.rest) if self.steps % 2 else (lambda request: request.arrival)
+        for request in sorted(self.lane.reading, key=first):
+            rest = self.reuse(request)
             longest = max([rest, *(count for _, count in pieces)])
             if pieces and ((len(pieces) + 1) * self.padded(longest) > limit or self.same_start(request, pieces)):
                 break
@@ -412,7 +423,7 @@ class Engine:
                 lane.cache.copy_row(source, row, count)
             request.reused += count - request.read
             request.read = count
-        return len(request.prompt_ids) - request.read
+        return request.rest
 
     def held(self, lane, row):
         """The token ids whose keys and values are in a row of a lane's cache."""
@@ -494,6 +505,10 @@ class Engine:
         """Size of a cache of so many rows."""
         return KVCache.bytes_needed(self.model.config, rows, self.max_length, self.model.dtype)
 
+    def prefix_bytes(self, ids):
+        """Size of what is kept of so many token ids."""
+        return self.bytes_for(1) * len(ids) // self.max_length
+
     def bytes_of_others(self):
         """Size of the other lanes' caches."""
         caches = (lane.cache for lane in self.lanes.values() if lane is not self.lane)
@@ -545,14 +560,13 @@ class Engine:
         ids = tuple(self.held(lane, row))
         for key in [key for key in self.prefixes if key[0] == request.adapter and ids[: len(key[1])] == key[1]]:
             del self.prefixes[key]
-        size = self.bytes_for(1) * len(ids) // self.max_length
-        if self.trim_prefixes(self.bytes_for(lane.cache.batch), size):
+        if self.trim_prefixes(self.bytes_for(lane.cache.batch), self.prefix_bytes(ids)):
             self.prefixes[request.adapter, ids] = lane.cache.save_row(row, len(ids))
 
     def trim_prefixes(self, cache, new=0):
         """Forget kept prefixes, those not used for longest first, until this lane's cache may have `cache` bytes and, with new
         bytes, one more is neither too many nor too large; whether that is so."""
-        sizes = deque(sum(part.nbytes for part in saved) for saved in self.prefixes.values())
+        sizes = deque(self.prefix_bytes(ids) for _, ids in self.prefixes)
         room, most = self.max_cache_bytes - self.bytes_of_others() - cache - new, self.prefix_rows - (new > 0)
         while sizes and (len(sizes) > most or sum(sizes) > room):
             self.prefixes.popitem(last=False)
