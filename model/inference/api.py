@@ -297,12 +297,12 @@ class Service:
             raise ApiError(400, f"{body.prompt_field}: {problem}", body.prompt_field)
         return prompts
 
-    def engine_error(self, problem):
-        """The ApiError of an answer that ended with an "error", of which the engine says `problem`."""
-        if "memory" in problem:
+    def engine_error(self, request):
+        """The ApiError of the engine's request that ended with an "error"."""
+        if request.out_of_memory:
             text = "the server has no memory left for this request; try again soon"
             return ApiError(503, text, code="out_of_memory", headers={"Retry-After": "1"})
-        return shutting_down() if self.closing else ApiError(500, problem)
+        return shutting_down() if self.closing else ApiError(500, request.error)
 
 
 class Exchange(Response):
@@ -345,7 +345,7 @@ class Exchange(Response):
             async for delta in self.answers:
                 index = self.index[delta.request]
                 if delta.finish_reason == "error":
-                    raise self.service.engine_error(delta.request.error)
+                    raise self.service.engine_error(delta.request)
                 metrics.generated_tokens.inc(len(delta.token_ids))
                 self.measure(index, delta)
                 yield index, delta

@@ -5,6 +5,7 @@ What a client sends is honoured, or refused by name where ignoring it would give
 clients expect.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -179,14 +180,14 @@ class SamplingRequest(Strict):
         return self.max_tokens
 
     @property
+    @abc.abstractmethod
     def prompt_count(self):
         """How many prompts there are."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def texts(self):
         """What is to be encoded, a text for each prompt; none where they are token ids already."""
-        raise NotImplementedError
 
     def least_tokens(self, tokenizer):
         """How many tokens the longest prompt has at least, as is known before it is encoded, which takes long."""
@@ -194,9 +195,9 @@ class SamplingRequest(Strict):
         return math.ceil(max(sizes, default=0) / longest_token(tokenizer))
 
     @property
+    @abc.abstractmethod
     def wanted_logprobs(self):
         """How many tokens' log-probabilities beside the own one; None: no log-probabilities."""
-        raise NotImplementedError
 
     def parameters(self, defaults, choice=0):
         """SamplingParameters of the answer `choice` to a prompt; `defaults` are the server's. With a seed each choice has
@@ -319,7 +320,7 @@ FIELDS = {
 }
 
 
-class Reply:
+class Reply(abc.ABC):
     """The replies to one request, whole or in chunks, all with the same id.
 
     model: the name it is answered under. requests: the engine's, one for each choice, in OpenAI's order of them: all of the
@@ -374,18 +375,18 @@ class Reply:
         counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         return {**counts, "prompt_tokens_details": {"cached_tokens": sum(request.reused for request in prompts)}}
 
+    @abc.abstractmethod
     def content(self, text):
         """What a choice of a whole reply says."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def piece(self, text):
         """What a choice of a chunk says; None: nothing more."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def logprobs(self, index, pairs):
         """The log-probabilities of [(token id, (its own, [(token id, log-probability), ...])), ...], the next tokens of the
         choice `index`."""
-        raise NotImplementedError
 
 
 class ChatReply(Reply):

@@ -39,12 +39,14 @@ class Delta:
 
 class Request:
     """One prompt on its way to an answer, and the answer so far: .token_ids, .text, .finish_reason (None: not done; else
-    as in Delta, or "cancelled", which has no Delta), .error (one line when that is "error")."""
+    as in Delta, or "cancelled", which has no Delta), .error (one line when that is "error"), .out_of_memory (whether it
+    is for lack of memory: later there may be some)."""
 
     def __init__(self, prompt_ids, parameters, stop_token_ids, limit, tokenizer, adapter=None):
         self.prompt_ids, self.parameters, self.adapter = prompt_ids, parameters, adapter
         self.stop_token_ids, self.limit = stop_token_ids, limit
         self.token_ids, self.text, self.finish_reason, self.error = [], "", None, None
+        self.out_of_memory = False
         self.read = self.reused = 0  # prompt tokens in the cache, and how many of them came from another request
         self.arrival = None  # its number among those that have got a row
         self.random = random.Random(parameters.seed)
@@ -79,9 +81,9 @@ class Request:
             logprobs = [] if stopped else [(own, best[: self.parameters.logprobs])]
         return Delta(self, text, [] if stopped else [token], reason, logprobs)
 
-    def fail(self, error):
+    def fail(self, error, out_of_memory=False):
         """End without an answer, or in the middle of one; returns the Delta that says so."""
-        self.finish_reason, self.error = "error", error
+        self.finish_reason, self.error, self.out_of_memory = "error", error, out_of_memory
         return Delta(self, "", [], "error")
 
     def possible_stop(self, text):
@@ -446,7 +448,7 @@ class Engine:
             reason = (
                 f"no memory for {count} of up to {self.max_length} tokens: ask fewer at once, or shorten --max_seq_len"
             )
-        deltas = [request.fail(reason) for request in requests]
+        deltas = [request.fail(reason, is_out_of_memory(error)) for request in requests]
         for request in requests:
             if request in self.waiting:
                 self.waiting.remove(request)

@@ -126,7 +126,8 @@ class EngineThread:
                 deltas = self.engine.step() if self.engine.has_work else []
             except Exception as error:
                 log.exception("the engine failed; all open requests end with an error")
-                deltas = self.fail_all("out of memory" if is_out_of_memory(error) else "internal error of the engine")
+                no_memory = is_out_of_memory(error)
+                deltas = self.fail_all("out of memory" if no_memory else "internal error of the engine", no_memory)
             self.deliver(deltas, cancelled)
         self.deliver(self.fail_all("the server is shutting down"))
 
@@ -134,12 +135,12 @@ class EngineThread:
         """Whether the thread has anything to do."""
         return self.submitted or self.cancelled or self.closing or self.engine.has_work
 
-    def fail_all(self, reason):
+    def fail_all(self, reason, out_of_memory=False):
         """End all open requests; returns their Deltas."""
         self.engine.abandon()
         with self.changed:
             self.submitted = []
-            return [request.fail(reason) for request in self.open]
+            return [request.fail(reason, out_of_memory) for request in self.open]
 
     def deliver(self, deltas, cancelled=()):
         """Hand `deltas` to those who read them, all of a step at once: waking an event loop costs more than a token."""

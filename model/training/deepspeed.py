@@ -47,8 +47,7 @@ def start_deepspeed(device):
     if device.type == "cpu":  # a faster all-reduce that would be compiled first, for minutes; without, it goes by gloo
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(ranks.backend(device), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed()
     return deepspeed
 

@@ -46,8 +46,12 @@ def initialise(device, timeout=60):
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         store, rank, size = meet(timeout)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+        dist.init_process_group(backend(device), store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+
+
+def backend(device):
+    """How ranks talk: of what lies on GPUs by NCCL, of what lies on the host by gloo."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def meet(timeout):
