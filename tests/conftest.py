@@ -179,6 +179,20 @@ def run_script(*words, timeout=120, **options):
     return subprocess.run(command, **options)
 
 
+def run_without(modules, *words, **options):
+    """run_script, where it ends well and has imported none of `modules` (a set of names)."""
+    program = (
+        f"import runpy, sys; sys.argv = {list(map(str, words))}\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        f"assert not {modules} & sys.modules.keys(), {modules} & sys.modules.keys()\n"
+    )
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120, **options}
+    process = subprocess.run([sys.executable, "-c", program], **options)
+    assert process.returncode == 0, process.stderr
+    return process
+
+
 def run_two_ranks(*words, timeout=200):
     """run_script in two processes that train together, each with one thread."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, assert_one_line_error, run_script
+from conftest import ROOT, assert_one_line_error, run_script, run_without
 from model.checkpoint import save_checkpoint
 from model.LMConfig import LMConfig
 from model.model import Transformer
@@ -81,16 +81,7 @@ def test_openings_and_prompts_are_continued(run):
 
 @pytest.mark.parametrize("script", ["0-eval_pretrain.py", "2-eval.py"])
 def test_help_needs_no_torch(script):
-    code = f"""
-import runpy, sys
-sys.argv = ["{script}", "--help"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
-    pass
-assert "torch" not in sys.modules and "transformers" not in sys.modules
-"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    run_without({"torch", "transformers"}, script, "--help")
 
 
 def test_a_closed_pipe_ends_the_script_without_a_traceback(out_dir):

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from conftest import CPU_FLAGS, ROOT, TINY_FLAGS, assert_one_line_error, good, run_script, run_two_ranks
+from conftest import CPU_FLAGS, ROOT, TINY_FLAGS, assert_one_line_error, good, run_script, run_two_ranks, run_without
 from model.checkpoint import load_model, read_metadata
 
 COMMON = [*TINY_FLAGS, *CPU_FLAGS, "--learning_rate", "1e-3"]
@@ -65,15 +65,7 @@ def test_a_parent_of_another_shape_wins_unless_a_flag_says_otherwise(
 
 @pytest.mark.parametrize("script", ["1-pretrain.py", "3-full_sft.py", "4-lora_sft.py"])
 def test_help_needs_no_heavy_import_and_describes_every_flag(script):
-    program = (
-        "import runpy, sys\n"
-        f"sys.argv = [{script!r}, '--help']\n"
-        f"try: runpy.run_path({script!r}, run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'transformers', 'peft', 'numpy'} & sys.modules.keys()\n"
-    )
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    text = good(process)
+    text = run_without({"torch", "transformers", "peft", "numpy"}, script, "--help").stdout
     for flag in (
         "preset max_seq_len data_path init_from resume accumulation_steps optimizer compile dtype wandb_project".split()
     ):

@@ -62,6 +62,11 @@ def write_inputs(folder, texts, files, seed=0):
     return paths
 
 
+def engine_words(source, output):
+    """The command that processes one file."""
+    return ["data_process.py", "pretrain", "--data_path", source, "--output", output, "--engine", "datatrove"]
+
+
 def documents_of(folder):
     """The texts of all shards, sorted: they are to be equal as a set, and none twice."""
     found = []
@@ -381,16 +386,7 @@ def test_without_datatrove_the_line_says_what_to_install(tmp_path, run, monkeypa
 
 def test_what_is_in_the_output_folder(tmp_path, run):
     (source,) = write_inputs(tmp_path / "raw", ["天地玄黄，宇宙洪荒。"], 1)
-    words = [
-        "data_process.py",
-        "pretrain",
-        "--data_path",
-        source,
-        "--output",
-        tmp_path / "out",
-        "--engine",
-        "datatrove",
-    ]
+    words = engine_words(source, tmp_path / "out")
     good(run(*words))
     before = documents_of(tmp_path / "out")
     assert_one_line_error(run(*words), tmp_path / "out", "is there already", "--overwrite")
@@ -409,16 +405,7 @@ def test_what_is_in_the_output_folder(tmp_path, run):
 
 def test_nothing_kept_and_a_changed_file(tmp_path, run, monkeypatch):
     (source,) = write_inputs(tmp_path / "raw", ["English", "words"], 1)
-    words = [
-        "data_process.py",
-        "pretrain",
-        "--data_path",
-        source,
-        "--output",
-        tmp_path / "out",
-        "--engine",
-        "datatrove",
-    ]
+    words = engine_words(source, tmp_path / "out")
     assert_one_line_error(run(*words), "none of the", "rows read was kept", "--min_chinese")
     assert not (tmp_path / "out").exists()
     inputs = write_inputs(tmp_path / "raw", ["天地玄黄，宇宙洪荒。", "日月盈昃，辰宿列张。"], 1)
@@ -438,16 +425,7 @@ def test_nothing_kept_and_a_changed_file(tmp_path, run, monkeypatch):
 
 def test_a_second_run_on_the_same_output_is_refused(tmp_path, run):
     (source,) = write_inputs(tmp_path / "raw", ["天地玄黄，宇宙洪荒。"], 1)
-    words = [
-        "data_process.py",
-        "pretrain",
-        "--data_path",
-        source,
-        "--output",
-        tmp_path / "out",
-        "--engine",
-        "datatrove",
-    ]
+    words = engine_words(source, tmp_path / "out")
     job = datatrove.Job((source,), tmp_path / "out", PretrainRules(), 1)
     with datatrove.unfinished_run(job, overwrite=False):
         assert_one_line_error(run(*words), tmp_path / "out", "another run is writing it")
