@@ -9,6 +9,7 @@ JSON: the processor, new tokens per second, and the ratios.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -67,15 +68,21 @@ def contenders(args, config, dtype, device):
     return functions
 
 
-def median_rates(functions, prompts, new_tokens, repeats):
-    """New tokens per second of each function over `prompts`, taken in turns, after one turn that nobody counts."""
-    seconds = {name: [] for name in functions}
+def medians(functions, repeats):
+    """{name: median of the numbers that each function returns}, taken in turns after one turn that nobody counts."""
+    found = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
-            began = time.perf_counter()
-            function(prompts)
-            seconds[name] += [time.perf_counter() - began] if turn else []
-    return {name: len(prompts) * new_tokens / statistics.median(values) for name, values in seconds.items()}
+            number = function()
+            found[name] += [number] if turn else []
+    return {name: statistics.median(numbers) for name, numbers in found.items()}
+
+
+def rate(function, prompts, new_tokens):
+    """New tokens per second of `function`, which decodes so many for each of the prompts."""
+    began = time.perf_counter()
+    function(prompts)
+    return len(prompts) * new_tokens / (time.perf_counter() - began)
 
 
 def cpu_name(threads):
@@ -108,8 +115,12 @@ def main():
         functions = contenders(args, config, dtype, device)
         for count in (1, args.requests):
             label = f"{str(dtype).removeprefix('torch.')}, {count} request{'s' if count > 1 else ''}"
-            measured = median_rates(functions, prompts[:count], args.new_tokens, args.repeats)
-            rates[label] = {name: round(rate, 1) for name, rate in measured.items()}
+            calls = {
+                name: functools.partial(rate, function, prompts[:count], args.new_tokens)
+                for name, function in functions.items()
+            }
+            measured = medians(calls, args.repeats)
+            rates[label] = {name: round(number, 1) for name, number in measured.items()}
             ratios[label] = {
                 name: round(rate / measured["stock"], 3) for name, rate in measured.items() if name != "stock"
             }

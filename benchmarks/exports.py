@@ -4,11 +4,12 @@
     python benchmarks/exports.py --checkpoint out/quickstart/multi_chat/full_sft_192.pth
 
 export_model.py writes each format; then size, load time (median of three, files in the page cache, tokenizer included)
-and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. They take turns, each in a process of its own
-(in one process PyTorch is two to three times slower once llama.cpp has been loaded); the median counts, and only tokens
-that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads as PyTorch's) keeps its defaults: flash
-attention, a cache of 16 bits. Its threads spin while they wait for each other, so that other programs slow it several
-times more than the rest: measure on a quiet machine (load_average, what ran before, is in the last line, which is JSON). Ratios are to MiniMind's engine in the format that is nearest: float32 for f32 files, int8
+and greedy decoding, one request of 32 prompt tokens and 16 together, on the CPU. They take turns, each in a process of
+its own (in one process PyTorch is two to three times slower once llama.cpp has been loaded); the median counts, and
+only tokens that were really generated: nobody stops at </s>. llama.cpp (through xllamacpp, threads as PyTorch's) keeps
+its defaults: flash attention, a cache of 16 bits. Its threads spin while they wait for each other, so that other
+programs slow it several times more than the rest: measure on a quiet machine (load_average, what ran before, is in the
+last line, which is JSON). Ratios are to MiniMind's engine in the format that is nearest: float32 for f32 files, int8
 for q8_0, bfloat16 for the rest; with --compile, which also times its compiled step, to the faster of the two.
 """
 
@@ -27,6 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
+
+from decoding import medians  # noqa: E402
 
 from model.cli import positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
@@ -178,15 +181,11 @@ def answer(pipe):
     return told
 
 
-def median_rates(pipes, prompts, repeats):
-    """New tokens per second of each contender over `prompts`, taken in turns, after one turn that nobody counts."""
-    rates = {name: [] for name in pipes}
-    for turn in range(repeats + 1):
-        for name, pipe in pipes.items():
-            pipe.send(prompts)
-            seconds, tokens = answer(pipe)
-            rates[name] += [tokens / seconds] if turn else []
-    return {name: statistics.median(values) for name, values in rates.items()}
+def rate(pipe, prompts):
+    """New tokens per second of the contender behind `pipe`."""
+    pipe.send(prompts)
+    seconds, tokens = answer(pipe)
+    return tokens / seconds
 
 
 def measure(args, checkpoint, folder):
@@ -203,8 +202,9 @@ def measure(args, checkpoint, folder):
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 6400, (args.requests, PROMPT_TOKENS), generator=generator).tolist()
     for count in sorted({1, args.requests}):
-        rates = median_rates(pipes, prompts[:count], args.repeats)
-        for name, rate in rates.items():
+        calls = {name: functools.partial(rate, pipe, prompts[:count]) for name, pipe in pipes.items()}
+        rates = medians(calls, args.repeats)
+        for name, number in rates.items():
             ours = (
                 "float32"
                 if "32" in name
@@ -213,7 +213,7 @@ def measure(args, checkpoint, folder):
                 else "bfloat16"
             )
             best = max(rates[own] for own in rates if own.startswith(f"minimind {ours}"))
-            results[name] |= {str(count): round(rate, 1), f"ratio_{count}": round(rate / best, 3)}
+            results[name] |= {str(count): round(number, 1), f"ratio_{count}": round(number / best, 3)}
     return results
 
 

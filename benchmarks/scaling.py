@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from decoding import cpu_name  # noqa: E402
 
 from model.cli import positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
@@ -143,6 +146,7 @@ def main():
         }
         print(f"{name} costs a step {1000 * overhead:.1f} ms of {1000 * whole:.1f}")
     result = {
+        "processor": cpu_name(args.processes),
         "preset": args.preset,
         **{name: several[name] for name in ("device", "dtype")},
         "tokens_per_step": tokens,

@@ -39,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
 
+from decoding import medians  # noqa: E402
+
 from model.cli import positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
 
@@ -111,16 +113,6 @@ def run_stock(model, work):
             model.generate(ids, attention_mask=mask, **length)
         tokens += sum(counts)
     return tokens / (time.perf_counter() - began)
-
-
-def medians(functions, repeats):
-    """{name: median of the numbers that each function returns}, taken in turns after one turn that nobody counts."""
-    found = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            value = function()
-            found[name] += [value] if turn else []
-    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def load_engines(checkpoint, dtypes, rows=ROWS):

@@ -40,8 +40,9 @@ def open_pretrain_data(path, tokenizer, max_seq_len, validation_share=0.01, seed
 def open_sft_data(path, tokenizer, max_seq_len, validation_share=0.01, seed=0, last_turn_only=False, cache_dir=None):
     """(train, validation) SFTDatasets over rows (history, q, a) or {"conversations": [{role, content}...]}.
 
-    path: as in open_pretrain_data. They are split by row with `seed`; model.data.conversations.fit_turns says what too long rows lose. Turns behind
-    the last answer teach nothing and are not kept. Raises UserError as open_pretrain_data, and when no row is left.
+    path: as in open_pretrain_data. They are split by row with `seed`; model.data.conversations.fit_turns says what too long
+    rows lose. Turns behind the last answer teach nothing and are not kept. Raises UserError as open_pretrain_data, and when
+    no row is left.
     """
     cache = open_token_cache(path, tokenizer, SFTEncoding(tokenizer, max_seq_len), cache_dir)
     held_out = _held_out(cache.counts, validation_share, seed)
