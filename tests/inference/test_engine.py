@@ -296,6 +296,21 @@ def test_prompts_are_read_in_turn_the_first_that_came_and_the_shortest(model, mo
     assert long.token_ids == greedy_without_cache(model, prompts[1], 12) and first.finish_reason == "length"
 
 
+def test_a_prompt_of_which_most_is_kept_counts_as_a_short_one(model, monkeypatch):
+    monkeypatch.setattr(Engine, "PREFILL_BETWEEN", 8)
+    monkeypatch.setattr(Engine, "PREFILL_MULTIPLE", 1)
+    engine, known = Engine(model, prefix_rows=2), [5] * 45
+    engine.generate([known], GREEDY)
+    engine.add([7], dataclasses.replace(GREEDY, max_new_tokens=50))
+    engine.step()
+    others, last = [engine.add([token] * 40, GREEDY) for token in (8, 9)], engine.add([*known, 6], GREEDY)
+    for _ in range(2):
+        engine.step()
+    assert last.token_ids and not any(request.token_ids for request in others)
+    run_to_the_end(engine)
+    assert last.token_ids == greedy_without_cache(model, [*known, 6], 12)
+
+
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 50, 63])
 def test_pieces_are_padded_to_few_lengths_and_never_beyond_the_context(model, length):
     prompt, lengths = random_prompts(1, seed=length, longest=1)[0] * length, []
