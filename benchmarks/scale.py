@@ -12,6 +12,7 @@ needs for a moment, and fragmentation; allow a tenth more, and at least 1 GB. Th
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--preset", nargs="+", help="named shapes")
-    what.add_argument("--shape", metavar="DIMxLAYERS", help="any shape, heads of 64 with two for each key head")
+    what.add_argument(
+        "--shape", type=dim_and_layers, metavar="DIMxLAYERS", help="any shape, heads of 64 with two for each key head"
+    )
     parser.add_argument("--vocab_size", type=positive_int, default=32000, help="of --shape (default: %(default)s)")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="rows of a rank (default: %(default)s)")
@@ -41,16 +44,24 @@ def parse_arguments():
     return parser.parse_args()
 
 
+def dim_and_layers(text):
+    """argparse type: (2048, 24) of "2048x24"."""
+    numbers = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not numbers:
+        raise argparse.ArgumentTypeError(f"expected DIMxLAYERS such as 2048x24, got {text}")
+    return tuple(map(int, numbers.groups()))
+
+
 def shapes(args):
     """{name: LMConfig} of what is asked for."""
     from model.LMConfig import LMConfig, preset_config
 
     try:
         if args.shape:
-            dim, _, layers = args.shape.partition("x")
-            heads = max(2, int(dim) // 64)
-            fields = dict(dim=int(dim), n_layers=int(layers), n_heads=heads, n_kv_heads=heads // 2)
-            return {args.shape: LMConfig(**fields, vocab_size=args.vocab_size, max_seq_len=args.max_seq_len)}
+            dim, layers = args.shape
+            heads = max(2, dim // 64)
+            fields = dict(dim=dim, n_layers=layers, n_heads=heads, n_kv_heads=heads // 2)
+            return {f"{dim}x{layers}": LMConfig(**fields, vocab_size=args.vocab_size, max_seq_len=args.max_seq_len)}
         names = args.preset or ["minimind-v1-small", "minimind-v1"]
         found = {name: preset_config(name, max_seq_len=args.max_seq_len) for name in names}
         if not args.preset:
