@@ -17,7 +17,8 @@ source .venv/bin/activate
 
 # One task per machine starts torchrun there, and that one process per GPU. All torchruns meet on the first machine, at a port
 # that another job on it is unlikely to have. --signal (above) lets every process save two minutes before the time is up.
-meeting_place=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 10000))
+machines=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+meeting_place=${machines%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$meeting_place" --rdzv_conf join_timeout=60 \
     1-pretrain.py "$@"

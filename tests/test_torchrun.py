@@ -285,7 +285,7 @@ while [[ $1 == --* ]]; do shift; done
 wait $first && wait $second
 """
 SCONTROL = """#!/bin/bash
-[[ $* == "show hostnames node[1-2]" ]] && echo 127.0.0.1 && echo 127.0.0.1
+[[ $* == "show hostnames node[1-2]" ]] && echo 127.0.0.1 && sleep 0.2 && echo 127.0.0.1  # a reader may have left by then
 """
 
 
@@ -308,7 +308,7 @@ def test_the_slurm_script_trains_on_two_machines_as_one_process(run, flags, tmp_
         cwd=tmp_path, env={**ENVIRONMENT, **{name: str(value) for name, value in slurm.items()}},
         capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    texts = [(folder / f"{name}.txt").read_text() for name in ("first", "second")]
+    texts = [path.read_text() for path in (folder / "first.txt", folder / "second.txt") if path.exists()]
     assert process.returncode == 0, process.stderr + "".join(texts)
     assert sorted(text.count("a step is 2 x 2 x 2 = 8 rows") for text in texts) == [0, 1]
     assert_same_run(tmp_path / "out", tmp_path / "alone")
