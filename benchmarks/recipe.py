@@ -33,7 +33,7 @@ from model.errors import UserError, run_main  # noqa: E402
 from model.stages import STAGES  # noqa: E402
 
 ORIGINAL = (
-    "--dtype float32 --optimizer adamw --learning_rate 2e-4 --embedding_learning_rate 2e-4 --beta2 0.999 --weight_decay 0 "
+    "--dtype float32 --optimizer adamw --learning_rate 2e-4 --embedding_rate_factor 1 --beta2 0.999 --weight_decay 0 "
     "--schedule cosine --warmup_iters 0 --batch_size 8 --accumulation_steps 1 --short_rows_share 0"
 )
 # What is tried -> what it changes in the defaults: flags, or after "try" one of the ALTERNATIVES, which are worth no flag.
@@ -42,22 +42,23 @@ SEARCH = {
         "defaults": "",
         "the original's": ORIGINAL,
         "AdamW, its rate as it is": "--optimizer adamw",
-        "AdamW, 3e-3": "--optimizer adamw --learning_rate 3e-3 --embedding_learning_rate 1e-2",
+        "AdamW, 3e-3": "--optimizer adamw --learning_rate 3e-3 --embedding_rate_factor 3",
         "rates halved": "--learning_rate 1e-3",
         "rates doubled": "--learning_rate 4e-3",
         "Muon 0.01": "--muon_learning_rate 0.01",
         "Muon 0.04": "--muon_learning_rate 0.04",
-        "embedding as slow as the rest": "--embedding_learning_rate 2e-3",
-        "embedding 0.04": "--embedding_learning_rate 0.04",
+        "embedding as slow as the rest": "--embedding_rate_factor 1",
+        "embedding twice as fast": "--embedding_rate_factor 20",
         "cosine to a tenth": "--schedule cosine",
         "steady, then linear in the last 40 %": "--decay_share 0.4",
         "no decay": "--decay_share 0",
         "no warm-up": "--warmup_iters 0",
-        "2 rows": "--batch_size 2",
-        "8 rows": "--batch_size 8",
+        "4 rows": "--batch_size 4",
+        "16 rows": "--batch_size 16",
         "full rows from the start": "--short_rows_share 0",
         "rows of 64 first": "--short_rows 64",
-        "beta1 0.8": "--beta1 0.8",
+        "short rows for half of the run": "--short_rows_share 0.5",
+        "beta1 0.95": "--beta1 0.95",
         "beta2 0.99": "--beta2 0.99",
         "no weight decay": "--weight_decay 0",
         "no clipping": "--grad_clip 0",
@@ -69,12 +70,12 @@ SEARCH = {
     },
     "single_chat/full_sft": {
         "defaults": "",
-        "the original's": "--optimizer adamw --learning_rate 1e-4 --embedding_learning_rate 1e-4 --weight_decay 0 "
+        "the original's": "--optimizer adamw --learning_rate 1e-4 --embedding_rate_factor 1 --weight_decay 0 "
         "--schedule cosine --warmup_iters 0 --dtype float32",
         "rates halved": "--learning_rate 2.5e-4",
         "rates doubled": "--learning_rate 1e-3",
         "AdamW": "--optimizer adamw",
-        "embedding ten times as fast": "--embedding_learning_rate 5e-3",
+        "embedding ten times as fast": "--embedding_rate_factor 10",
         "4 rows": "--batch_size 4",
         "16 rows": "--batch_size 16",
         "cosine to a tenth": "--schedule cosine",

@@ -9,6 +9,7 @@ import re
 
 from model.errors import UserError
 
+PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -112,8 +113,10 @@ class TrainingSettings(Checked):
     accumulation_steps: int = flag(1, "forward passes per step (default: {default})", least=1)
     learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
-    embedding_learning_rate: float = flag(
-        None, "peak for the embedding, which AdamW trains (default: 10 x --learning_rate)", float, least=0
+    embedding_rate_factor: float = flag(
+        10.0,
+        "the embedding, which AdamW trains, learns so many times as fast as --learning_rate (default: {default})",
+        least=0,
     )
     schedule: str = flag(
         "linear",
@@ -125,8 +128,8 @@ class TrainingSettings(Checked):
     )
     warmup_iters: int = flag(None, "steps of linear warm-up before that (default: 5 %, at most 100)", int, least=0)
     weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
-    beta1: float = flag(0.9, "AdamW's decay of the mean of gradients (default: {default})", least=0, below=1)
-    beta2: float = flag(0.95, "AdamW's decay of the mean of their squares (default: {default})", least=0, below=1)
+    beta1: float = flag(0.9, "of the mean of gradients, AdamW's and Muon's (default: {default})", least=0, below=1)
+    beta2: float = flag(0.95, "of the mean of their squares, AdamW's (default: {default})", least=0, below=1)
     grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
     optimizer: str = flag(
         None,
@@ -134,10 +137,13 @@ class TrainingSettings(Checked):
         str,
         choices=("muon", "adamw"),
     )
-    short_rows: int = flag(
-        None, "tokens of a row in the first part of the run, each row being cut into so long ones", int, least=2
+    short_rows_share: float = flag(
+        0.0,
+        "first part of the run, in which rows are cut into shorter ones (default: in pretraining on a CPU 0.8, else 0)",
+        least=0,
+        most=1,
     )
-    short_rows_share: float = flag(0.9, "how long that part is (default: {default})", least=0, most=1)
+    short_rows: int = flag(None, "tokens of those (default: a quarter of --max_seq_len)", int, least=2)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
@@ -197,7 +203,7 @@ class TrainingSettings(Checked):
 
     def resolved(self, device, world_size):
         """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
-        its learning rates.
+        Muon's learning rate, the share of short rows.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
         UserError where they cannot be shared evenly.
@@ -210,16 +216,16 @@ class TrainingSettings(Checked):
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
             batch_size = rows // world_size
-        muon, embedding = (
-            10 * self.learning_rate if rate is None else rate
-            for rate in (self.muon_learning_rate, self.embedding_learning_rate)
-        )
+        muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        share = self.short_rows_share
+        if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
+            share = 0.8 if device.type == "cpu" else 0.0
         return dataclasses.replace(
             self,
             batch_size=batch_size,
             optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
             muon_learning_rate=muon,
-            embedding_learning_rate=embedding,
+            short_rows_share=share,
         )
 
 

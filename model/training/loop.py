@@ -96,6 +96,18 @@ def measure(batch, byte_lengths):
     return int(supervised.sum()), int(supervised.any(dim=1).sum()), tokens, size, targets.shape[1] + 1
 
 
+def short_rows(settings, max_seq_len):
+    """Tokens of the rows in the first part of a run, None where there is no such part. UserError for no divisor of
+    max_seq_len."""
+    if not settings.short_rows_share:
+        return None
+    length = settings.short_rows or max(2, max_seq_len // 4)
+    if max_seq_len % length:
+        problem = f"{length} is no part of the {max_seq_len} of --max_seq_len; give a divisor, or --short_rows_share 0"
+        raise UserError(f"--short_rows: {problem}", exit_code=2)
+    return length
+
+
 @dataclasses.dataclass
 class RunState:
     """Where a run stands. The fields named in SAVED are what a checkpoint tells, the others concern this process."""
@@ -160,9 +172,7 @@ class Trainer:
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.schedule = make_schedule(settings, self.steps_per_epoch)
-        if settings.short_rows is not None and model.config.max_seq_len % settings.short_rows:
-            problem = f"{settings.short_rows} is no part of the {model.config.max_seq_len} of --max_seq_len"
-            raise UserError(f"--short_rows: {problem}; give a divisor", exit_code=2)
+        self.short_rows = short_rows(settings, model.config.max_seq_len)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
@@ -381,9 +391,9 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state = self.state
-        if self.rows_are_short():
-            batches = [cut_rows(batch, self.settings.short_rows) for batch in batches]
+        state, settings = self.state, self.settings
+        if self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share:
+            batches = [cut_rows(batch, self.short_rows) for batch in batches]
         counts = [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
@@ -404,13 +414,6 @@ class Trainer:
         state.supervised_tokens_seen += int(items)
         window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
         return True
-
-    def rows_are_short(self):
-        """Whether this step's rows are cut to --short_rows: early, attention to what is far away costs more than it teaches."""
-        settings, state = self.settings, self.state
-        if settings.short_rows is None:
-            return False
-        return self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share
 
     def accumulate(self, batches, shares, items):
         """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor, or None when
