@@ -41,6 +41,7 @@ from model.training.reports import (
     step_line,
     validation_line,
 )
+from model.training.samples import Samples
 from model.training.strategy import DataParallel
 
 
@@ -164,6 +165,7 @@ class Trainer:
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
         self.stop, self.state, self.torn = resume.StopRequest(), RunState(), None
+        self.samples = Samples(self, tokenizer)
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
@@ -270,6 +272,7 @@ class Trainer:
         with self.alone(), contextlib.closing(self.log), self.stop:
             wandb = start_wandb(self.settings, self.run_name) if self.settings.use_wandb and ranks.is_main() else None
             self.log.start(state.step, self.schedule.total_steps, wandb)
+            self.samples.start()
             state.first_step, state.steady_since, state.stopping = state.step, None, False
             self.model.train()
             try:
@@ -284,6 +287,7 @@ class Trainer:
                 if state.finished and state.validation_loss is None and len(self.validation_loader):
                     self.validate()  # which a signal had cut short
                     self.save()
+                self.samples.take_if_due()
                 if state.step >= self.schedule.total_steps or state.finished:
                     ranks.print_once(f"nothing left to do: {self.step_of_total} is done")
                 else:
@@ -340,6 +344,7 @@ class Trainer:
                 self.validate()
             if state.step % settings.save_interval == 0 or done:
                 self.save()
+            self.samples.take_if_due()
             if done:
                 state.stopping = not state.finished
                 return
@@ -558,6 +563,7 @@ class Trainer:
             with self.stop.held():
                 save_checkpoint(self.path, self.model, metadata, training_state, weights)
             self.log.keep()
+            self.samples.keep()
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise

@@ -88,6 +88,12 @@ class RunLog:
             self.wandb_run.finish()
 
 
+def read_log(path):
+    """The records of a run's .jsonl file in order, without a line torn by a kill; [] when there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
+
+
 def step_of(line):
     """The step of one line of the file; a line torn by a kill counts as later than any step."""
     try:
