@@ -32,17 +32,20 @@ from model.files import locked
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
 from model.training.optimizer import make_schedule
+from model.training.reference import Expectation, describe_run
 from model.training.reports import (
     RunLog,
     flops_per_token,
     mean_loss,
     peak_flops,
+    run_name,
     start_wandb,
     step_line,
     validation_line,
 )
 from model.training.samples import Samples
 from model.training.strategy import DataParallel
+from model.training.watch import Watch
 
 
 def start(settings):
@@ -162,10 +165,12 @@ class Trainer:
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.schedule = make_schedule(settings, self.steps_per_epoch)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
-        self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
+        self.run_name = run_name(self.path.relative_to(settings.out_dir))
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
         self.stop, self.state, self.torn = resume.StopRequest(), RunState(), None
-        self.samples = Samples(self, tokenizer)
+        self.samples, self.described = Samples(self, tokenizer), describe_run(self, train)
+        self.expectation = Expectation(self.described)
+        self.watch = Watch(self, train, self.expectation)
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
@@ -470,6 +475,7 @@ class Trainer:
         record.update(self.further_numbers())
         if bits_per_byte is not None:
             record["bits_per_byte"] = bits_per_byte
+        record.update(self.expectation.numbers(state.tokens_seen, window["tokens"]))
         record["learning_rate"] = self.strategy.learning_rate
         record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
@@ -483,6 +489,7 @@ class Trainer:
             record["expert_load"] = [round(share, 4) for share in load.mean(dim=0).tolist()]
             record["least_expert_load"] = round(load.min().item(), 4)  # what starves in one layer hides in the mean
         self.log.write(step_line(record, self.step_of_total), **record)
+        self.watch.see(record)
 
     def expert_load(self):
         """Share [L, E] of the last micro-batch's routing choices that each expert got in each layer, over all ranks; None
@@ -528,6 +535,7 @@ class Trainer:
             record["validation_bits_per_byte"] = bits_per_byte
         record.update((f"validation_{name}", number) for name, number in further.items())
         self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
+        self.watch.see_validation(record)
 
     @property
     def step_of_total(self):
@@ -552,7 +560,7 @@ class Trainer:
             raise UserError(
                 f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
             )
-        metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata = {**self.described, "parent": self.parent, "tokenizer_hash": self.tokenizer_hash, **state.progress()}
         metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
         if not state.validation:
             del metadata["validation"]
