@@ -8,8 +8,10 @@ import collections
 import math
 import statistics
 
+from model.checkpoint import read_metadata
 from model.data.dataset import repeated_share
 from model.stages import PRETRAINED_STAGES
+from model.tokenizer import own_tokenizer
 from model.training import ranks
 
 PATIENCE = 3  # reports, over which losses are averaged, and which must agree
@@ -34,7 +36,8 @@ class Watch:
         self.said, self.counted = set(), False
         self.losses, self.bits = (collections.deque(maxlen=PATIENCE) for _ in range(2))
         self.norms = collections.deque(maxlen=100)
-        self.best, self.worse, self.above = math.inf, 0, 0
+        self.best = self.uniform if trainer.parent is None else math.inf  # where random weights begin
+        self.worse = self.above = 0
 
     def see(self, record):
         """Look at a report, and say what it gives away."""
@@ -81,11 +84,15 @@ class Watch:
             return f"{problem}: they are all but empty, or stand in another column; see the sample in brackets above"
 
     def tokenizer(self, record):
-        """Weights that were trained already know less than nothing of the text."""
+        """Weights that were trained already, nobody knows with which tokenizer, know less than nothing of the text."""
         state, parent = self.trainer.state, self.trainer.parent
         if state.step == 1 and parent and "bits_per_byte" in record and record["loss"] > self.uniform:
+            file = parent["file"]
+            if read_metadata(file).get("tokenizer_hash") or own_tokenizer(file):  # it was compared at the start
+                return None
             problem = f"loss {record['loss']:.2f} before anything is learned, worse than guessing ({self.uniform:.2f})"
-            return f"{problem}: {parent['file']} was trained with another tokenizer, most likely; give it with --tokenizer_path"
+            way_out = "give it with --tokenizer_path, unless the text is unlike all it has seen"
+            return f"{problem}: {file} was trained with another tokenizer, most likely; {way_out}"
 
     def rate(self, record):
         """The learning rate does not fit: the loss rises, or does not fall."""
@@ -97,7 +104,7 @@ class Watch:
         return next((problem for problem in problems if problem), None)
 
     def rising(self, loss):
-        self.worse = self.worse + 1 if loss > self.best + max(0.5, 0.2 * self.best) else 0
+        self.worse = self.worse + 1 if min(self.losses) > self.best + max(0.5, 0.2 * self.best) else 0
         if self.worse >= PATIENCE:
             return f"the loss has risen from {self.best:.2f} to {loss:.2f}; {self.lower}"
 
