@@ -87,7 +87,10 @@ def describe_run(trainer, data):
         stage=trainer.stage,
         config={name: getattr(trainer.model.config, name) for name in SHAPE},
         data=dict(name=data.cache.name, rows=len(data), fingerprint=data.fingerprint),
-        recipe={"--optimizer": settings.optimizer, "--learning_rate": settings.learning_rate, "rows a step": rows},
+        recipe={
+            **{f"--{name}": getattr(settings, name) for name in ("optimizer", "learning_rate", "schedule")},
+            "rows a step": rows,
+        },
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         command=command_line(without={"--resume": 0, "--overwrite": 0, "--stop_after": 1}),
     )
