@@ -78,7 +78,7 @@ class Watch:
     def targets(self, record):
         """Hardly a token is learned."""
         state = self.trainer.state
-        share = state.supervised_tokens_seen / max(1, state.tokens_seen)
+        share = state.supervised_tokens_seen / state.tokens_seen if state.tokens_seen else 1
         if not self.pretraining and "bits_per_byte" in record and share < LEAST_TARGETS:
             problem = f"only {share:.2%} of the tokens are learned, those of the answers"
             return f"{problem}: they are all but empty, or stand in another column; see the sample in brackets above"

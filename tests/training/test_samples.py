@@ -146,7 +146,7 @@ def test_the_table_shows_how_answers_grow_and_a_resumed_run_goes_on_with_it(sft_
     again = make("parts")
     again.resume()
     again.train()
-    assert taken(again) == taken(straight)  # nothing is taken twice
+    assert table_of(again) == table_of(straight)  # nothing is taken twice
 
 
 def test_an_earlier_run_keeps_its_table_until_the_first_checkpoint(sft_csv, tmp_path, tokenizer, prompts):
