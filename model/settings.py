@@ -109,9 +109,7 @@ class TrainingSettings(Checked):
     batch_size: int = flag(
         None, "rows per forward pass of a process (default: 64 on a GPU, 8 elsewhere, over all processes)", int, least=1
     )
-    accumulation_steps: int = flag(
-        None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
-    )
+    accumulation_steps: int = flag(1, "forward passes per step (default: {default})", least=1)
     learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     embedding_learning_rate: float = flag(
@@ -210,20 +208,20 @@ class TrainingSettings(Checked):
             raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
 
     def resolved(self, device, world_size):
-        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is
-        given), the optimizer, its learning rates.
+        """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
+        its learning rates.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
         UserError where they cannot be shared evenly.
         """
-        batch_size, accumulation = self.batch_size, self.accumulation_steps
+        batch_size = self.batch_size
         if batch_size is None:
             rows = 64 if device.type == "cuda" else 8
             if rows % world_size:
                 problem = f"the {rows} rows of a forward pass cannot be shared evenly by {world_size} processes"
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
-            batch_size, accumulation = rows // world_size, accumulation or 64 // rows
+            batch_size = rows // world_size
         muon, embedding = (
             10 * self.learning_rate if rate is None else rate
             for rate in (self.muon_learning_rate, self.embedding_learning_rate)
@@ -231,7 +229,6 @@ class TrainingSettings(Checked):
         return dataclasses.replace(
             self,
             batch_size=batch_size,
-            accumulation_steps=accumulation or 1,
             optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
             muon_learning_rate=muon,
             embedding_learning_rate=embedding,

@@ -696,12 +696,12 @@ def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
     assert total("--epochs", 1, "--max_steps", 1)[0] == 1
 
 
-def test_open_batch_size_means_64_rows_a_step():
+def test_an_open_batch_size_is_shared_by_all_ranks():
     def sizes(kind, ranks, **given):
         settings = TrainingSettings(**given).resolved(torch.device(kind), ranks)
         return settings.batch_size, settings.accumulation_steps
 
-    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (2, 8)
+    assert sizes("cpu", 1) == (8, 1) and sizes("cpu", 4) == (2, 1)
     assert sizes("cuda", 1) == (64, 1) and sizes("cuda", 2) == (32, 1) and sizes("cuda", 64) == (1, 1)
     assert sizes("cpu", 2, accumulation_steps=3) == (4, 3)
     assert sizes("cuda", 3, batch_size=20) == (20, 1)  # what is given is each process's own
