@@ -187,6 +187,16 @@ class TrainingSettings(Checked):
         least=0,
     )
     save_interval: int = flag(500, "steps between checkpoints (default: {default})", least=1)
+    sample_interval: int = flag(
+        0, "steps between looks at what it says by now, greedy, also before the first step; 0: never", least=0
+    )
+    sample_prompts: str = flag(
+        None,
+        'what it is given then: a text file, one a line, or .jsonl with {"prompt"} in pretraining, else {"q"} '
+        "(default: four of its own)",
+        str,
+        metavar="FILE",
+    )
     use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
     wandb_project: str = flag("MiniMind", "default: {default}")
     wandb_run_name: str = flag(None, "default: stage and dim", str)
@@ -198,6 +208,8 @@ class TrainingSettings(Checked):
                 raise UserError(f"--{name}: says how --deepspeed works, and needs it", exit_code=2)
         if self.offload and self.zero_stage == 0:
             raise UserError("--offload: ZeRO stage 0 divides nothing; it needs --zero_stage 1, 2 or 3", exit_code=2)
+        if self.sample_prompts and not self.sample_interval:
+            raise UserError("--sample_prompts: needs --sample_interval, which says how often", exit_code=2)
         if self.fsdp and self.deepspeed is not None:
             raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
 
