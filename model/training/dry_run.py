@@ -27,13 +27,11 @@ def rehearse(trainer):
     Raises UserError where --max_minutes is less than the time of three steps.
     """
     with unchanged(trainer):
-        steps, measured = measure(trainer)
-    found = {"parameters": parameters(trainer), "memory": memory(trainer)}
-    found["data"] = data(trainer)
+        most, measured = measure(trainer)
+    found = dict(parameters=parameters(trainer), memory={**memory(trainer), "measured": most}, data=data(trainer))
     found["time"] = duration(trainer, measured)
-    found["data"].update(repetition(trainer, found))
+    found["data"].update(repetition(found))
     found["presets"] = other_presets(trainer, found)
-    found["memory"]["peak"] = steps
     return found
 
 
@@ -155,7 +153,7 @@ def duration(trainer, measured):
     return {**found, "steps": left, "total": state.step + left, "seconds": left * step}
 
 
-def repetition(trainer, found):
+def repetition(found):
     """Epochs and tokens of the whole run, tokens for each parameter, and what its epochs are worth in fresh data."""
     tokens = found["time"]["total"] * found["time"]["tokens_of_step"]
     epochs = tokens / found["data"]["train"]
@@ -232,7 +230,7 @@ def memory_lines(trainer, found):
             cells += f"{'> ' * here + amount(needed):>12s}"
         yield f"  {title:46s}{cells}"
     where = "on the GPU" if trainer.device.type == "cuda" else "by the whole process, Python and torch with it"
-    yield f"  > is this run; at most {amount(found['peak'])} held {where} in the steps below"
+    yield f"  > is this run; at most {amount(found['measured'])} held {where} in the steps below"
 
 
 def data_lines(trainer, found):
@@ -248,17 +246,12 @@ def data_lines(trainer, found):
 
 
 def time_lines(trainer, found):
-    total, minutes = trainer.schedule.total_steps, trainer.settings.max_minutes
+    state, total, minutes = trainer.state, trainer.schedule.total_steps, trainer.settings.max_minutes
     yield f"time: {found['tokens_per_second']:,.0f} tokens/s in {MEASURED} steps, {found['seconds_per_step']:.2f} s a step"
-    left = f"{found['steps']:,} steps" + (" left" if trainer.state.step else "")
+    left = f"{found['steps']:,} steps" + (" left" if state.step else "")
     yield f"  {left}: {clock_time(found['seconds'])} of training, without validation and saves"
-    if minutes is not None:
-        of = f" of {total - trainer.state.step:,}" if total < math.inf else ""
-        yield (
-            f"  --max_minutes {minutes:g}: {found['fitting']:,}{of} steps fit"
-            if found["fitting"] < total
-            else (f"  --max_minutes {minutes:g}: more than enough")
-        )
+    if minutes is not None and found["fitting"] < total - state.step:
+        yield f"  --max_minutes {minutes:g} ends it there" + (f", before step {total:,}" if total < math.inf else "")
 
 
 def preset_lines(found):

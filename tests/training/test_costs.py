@@ -44,7 +44,7 @@ def test_what_a_block_keeps_grows_with_its_widths_and_is_what_autograd_keeps():
                 sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     assert block == sum(sizes.values()) / count
     plain = costs.bytes_per_token(config, prepare=lambda model: None)
-    assert plain[0] == block and plain[1] >= ends + 4 * 90, "the probabilities of all words"
+    assert plain[0] == block and plain[1] >= ends + 2 * 90, "the probabilities of all words"
     wider = costs.bytes_per_token(LMConfig(**{**config.to_dict(), "dim": 128, "head_dim": None, "hidden_dim": None}))
     assert wider[0] == pytest.approx(2 * block, rel=0.1)
 
@@ -61,21 +61,20 @@ def most_held(function):
     return most
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "rows, length, fields, more",
+    "dtype, rows, length, fields, more",
     [
-        (8, 128, {}, {}),
-        (8, 128, {}, dict(gradient_checkpointing=True)),
-        (4, 256, dict(dim=256, n_layers=3, n_heads=4), dict(optimizer="muon")),
-        (8, 64, dict(use_moe=True), {}),
-        (2, 64, dict(vocab_size=2000, n_layers=6), dict(accumulation_steps=2)),
+        (torch.float32, 8, 64, {}, {}),
+        (torch.float32, 4, 64, dict(dim=128, n_heads=4), dict(gradient_checkpointing=True)),
+        (torch.bfloat16, 4, 128, dict(n_layers=2), dict(optimizer="muon")),
+        (torch.bfloat16, 8, 64, dict(use_moe=True, n_layers=2), {}),
+        (torch.bfloat16, 2, 64, dict(vocab_size=400), dict(accumulation_steps=2)),
     ],
 )
 def test_the_estimate_is_the_memory_of_a_step(dtype, rows, length, fields, more):
     """What a step takes besides weights and the optimizer's state, within a fifth: forward, backward, update."""
     torch.manual_seed(0)
-    shape = dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=6400)
+    shape = dict(dim=192, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=1000)
     config = LMConfig(**{**shape, **fields}, max_seq_len=length)
     settings = TrainingSettings(batch_size=rows, **more).resolved(CPU, 1)
     model = Transformer(config).train()
