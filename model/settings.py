@@ -9,9 +9,10 @@ import re
 
 from model.errors import UserError
 
+PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 AUTO = "auto"  # as a batch size: what fits
-ROWS_OF_A_STEP = 64  # over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
+ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
 
 
 def flag(default, help, kind=None, **limits):
@@ -122,18 +123,41 @@ class TrainingSettings(Checked):
         word=AUTO,
     )
     accumulation_steps: int = flag(
-        None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
+        None, "forward passes per step (default: 1; with --batch_size auto what makes 64 rows)", int, least=1
     )
-    learning_rate: float = flag(2e-4, "peak (default: {default})", least=0)
-    warmup_iters: int = flag(
-        None, "steps of linear warm-up before the cosine (default: 5 %, at most 100)", int, least=0
+    learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
+    muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
+    embedding_rate_factor: float = flag(
+        10.0,
+        "the embedding, which AdamW trains, learns so many times as fast as --learning_rate (default: {default})",
+        least=0,
     )
+    schedule: str = flag(
+        "linear",
+        "how rates fall: linear, to zero; cosine, to a tenth as in v1 (default: {default})",
+        choices=("linear", "cosine"),
+    )
+    decay_share: float = flag(
+        1.0, "part of the run, its last, in which rates fall; 0: they stay (default: {default})", least=0, most=1
+    )
+    warmup_iters: int = flag(None, "steps of linear warm-up before that (default: 5 %, at most 100)", int, least=0)
     weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
+    beta1: float = flag(0.9, "of the mean of gradients, AdamW's and Muon's (default: {default})", least=0, below=1)
+    beta2: float = flag(0.95, "of the mean of their squares, AdamW's (default: {default})", least=0, below=1)
     grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
     optimizer: str = flag(
-        "adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon")
+        None,
+        "muon: Muon on hidden matrices, AdamW on the rest; adamw: on all (default: muon; with --deepspeed adamw)",
+        str,
+        choices=("muon", "adamw"),
     )
-    muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
+    short_rows_share: float = flag(
+        0.0,
+        "first part of the run, in which rows are cut into shorter ones (default: in pretraining on a CPU 0.8, else 0)",
+        least=0,
+        most=1,
+    )
+    short_rows: int = flag(None, "tokens of those (default: a quarter of --max_seq_len)", int, least=2)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
@@ -195,8 +219,8 @@ class TrainingSettings(Checked):
             raise UserError(f"--batch_size auto: {problem}; give a number", exit_code=2)
 
     def resolved(self, device, world_size):
-        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is
-        given), Muon's learning rate.
+        """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
+        Muon's learning rate, the share of short rows.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. "auto" is the
         default where there is no GPU; on one it stays, as does open accumulation (see training.batch_size). Raises
@@ -211,13 +235,18 @@ class TrainingSettings(Checked):
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
             if not trying:
-                batch_size, accumulation = rows // world_size, accumulation or ROWS_OF_A_STEP // rows
+                batch_size = rows // world_size
         muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        share = self.short_rows_share
+        if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
+            share = 0.8 if device.type == "cpu" else 0.0
         return dataclasses.replace(
             self,
             batch_size=batch_size,
             accumulation_steps=accumulation or (None if trying else 1),
+            optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
             muon_learning_rate=muon,
+            short_rows_share=share,
         )
 
 

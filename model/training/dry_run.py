@@ -28,6 +28,11 @@ def rehearse(trainer):
     """
     with unchanged(trainer):
         most, measured = measure(trainer)
+        if (
+            trainer.schedule.progress(trainer.state.step, trainer.state.train_seconds)
+            < trainer.settings.short_rows_share
+        ):
+            most, measured["whole_rows"] = measure(trainer, whole_rows=True)
     found = dict(parameters=parameters(trainer), memory={**memory(trainer), "measured": most}, data=data(trainer))
     found["time"] = duration(trainer, measured)
     found["data"].update(repetition(found))
@@ -35,14 +40,15 @@ def rehearse(trainer):
     return found
 
 
-def measure(trainer):
+def measure(trainer, whole_rows=False):
     """(most bytes held at once, {"tokens", "seconds"} of three steps after those that warm up), as Trainer.run_steps counts:
-    with preparing the batches, without validation and saves."""
+    with preparing the batches, without validation and saves. whole_rows: of those that a run with short rows ends with."""
     settings, state, position = trainer.settings, trainer.state, trainer.train_loader.state_dict()
     warm_up = 2 if settings.compile else 1
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    trainer.state = dataclasses.replace(state, first_step=state.step, steady_since=None)
+    step, elapsed = last_part(trainer) if whole_rows else (state.step, state.train_seconds)
+    trainer.state = dataclasses.replace(state, step=step, first_step=step, train_seconds=elapsed)
     trainer.model.train()
     window, seconds = collections.Counter(), 0.0
     try:
@@ -62,6 +68,14 @@ def measure(trainer):
         trainer.train_loader.load_state_dict(position)
     seconds = ranks.sum_over_ranks([seconds])[0] / ranks.world_size()  # all ranks tell the same
     return peak_memory(trainer.device), {"tokens": int(window["tokens"]), "seconds": seconds}
+
+
+def last_part(trainer):
+    """(step, seconds) with which the last part of a run begins, the one of whole rows."""
+    schedule, share = trainer.schedule, trainer.settings.short_rows_share
+    if schedule.total_steps < math.inf:
+        return schedule.warmup_steps + math.ceil(share * (schedule.total_steps - schedule.warmup_steps)), 0.0
+    return trainer.state.step, share * schedule.seconds
 
 
 def parameters(trainer):
@@ -142,15 +156,22 @@ def duration(trainer, measured):
     """Pace, steps that are left, seconds that they take; with --max_minutes how many fit into what is left of them."""
     schedule, state = trainer.schedule, trainer.state
     tokens_of_step = trainer.train_loader.dataset.num_tokens / trainer.steps_per_epoch
-    pace = measured["tokens"] / measured["seconds"]
-    step, left = tokens_of_step / pace, schedule.total_steps - state.step
-    found = {"tokens_per_second": pace, "seconds_per_step": step, "tokens_of_step": tokens_of_step}
+    paces = [part["tokens"] / part["seconds"] for part in (measured, measured.get("whole_rows", measured))]
+    steps = [tokens_of_step / pace for pace in paces]  # seconds of one with short rows, of one with whole ones
+    found = {"tokens_per_second": paces, "seconds_per_step": steps, "tokens_of_step": tokens_of_step}
+    left, seconds = schedule.total_steps - state.step, math.inf
+    if left < math.inf:
+        short = min(left, max(0, last_part(trainer)[0] - state.step))
+        seconds = short * steps[0] + (left - short) * steps[1]
     if schedule.seconds < math.inf:
         if not state.step:
             trainer.check_minutes(measured["seconds"] * 3 / MEASURED)
-        fitting = int(max(0.0, schedule.seconds - state.train_seconds) / step)
-        found["fitting"], left = fitting, min(left, fitting)
-    return {**found, "steps": left, "total": state.step + left, "seconds": left * step}
+        there = max(0.0, schedule.seconds - state.train_seconds)
+        if seconds > there:
+            short = min(there, max(0.0, trainer.settings.short_rows_share * schedule.seconds - state.train_seconds))
+            left, seconds = int(short / steps[0] + (there - short) / steps[1]), there
+        found["fitting"] = left
+    return {**found, "steps": left, "total": state.step + left, "seconds": seconds}
 
 
 def repetition(found):
@@ -247,7 +268,10 @@ def data_lines(trainer, found):
 
 def time_lines(trainer, found):
     state, total, minutes = trainer.state, trainer.schedule.total_steps, trainer.settings.max_minutes
-    yield f"time: {found['tokens_per_second']:,.0f} tokens/s in {MEASURED} steps, {found['seconds_per_step']:.2f} s a step"
+    paces = zip(found["tokens_per_second"], found["seconds_per_step"])
+    first, whole = (f"{pace:,.0f} tokens/s, {step:.2f} s a step" for pace, step in paces)
+    parts = first if first == whole else f"{first} with rows of {trainer.short_rows} tokens; {whole} with whole ones"
+    yield f"time: {parts} (over {MEASURED} steps)"
     left = f"{found['steps']:,} steps" + (" left" if state.step else "")
     yield f"  {left}: {clock_time(found['seconds'])} of training, without validation and saves"
     if minutes is not None and found["fitting"] < total - state.step:

@@ -24,7 +24,7 @@ from model.checkpoint import (
     resume_path,
     save_checkpoint,
 )
-from model.data.dataset import token_byte_lengths
+from model.data.dataset import cut_rows, token_byte_lengths
 from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
 from model.errors import FULL_DISK, UserError, command_line, warn
@@ -97,6 +97,18 @@ def measure(batch, byte_lengths):
     return int(supervised.sum()), int(supervised.any(dim=1).sum()), tokens, size, targets.shape[1] + 1
 
 
+def short_rows(settings, max_seq_len):
+    """Tokens of the rows in the first part of a run, None where there is no such part. UserError for no divisor of
+    max_seq_len."""
+    if not settings.short_rows_share:
+        return None
+    length = settings.short_rows or max(2, max_seq_len // 4)
+    if max_seq_len % length:
+        problem = f"{length} is no part of the {max_seq_len} of --max_seq_len; give a divisor, or --short_rows_share 0"
+        raise UserError(f"--short_rows: {problem}", exit_code=2)
+    return length
+
+
 @dataclasses.dataclass
 class RunState:
     """Where a run stands. The fields named in SAVED are what a checkpoint tells, the others concern this process."""
@@ -164,6 +176,7 @@ class Trainer:
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.schedule = make_schedule(self.settings, self.steps_per_epoch)
+        self.short_rows = short_rows(self.settings, model.config.max_seq_len)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
@@ -403,7 +416,10 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state, counts = self.state, [self.measure(batch) for batch in batches]
+        state, settings = self.state, self.settings
+        if self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share:
+            batches = [cut_rows(batch, self.short_rows) for batch in batches]
+        counts = [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
             flops = sum(tokens * self.flops_per_token(length) for _, _, tokens, _, length in counts)

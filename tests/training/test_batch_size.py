@@ -158,7 +158,7 @@ def test_on_a_cpu_it_is_the_default_and_says_so(run, tmp_path, small_tokenizer_p
     words += ["--out_dir", tmp_path, "--data_path", pretrain_csv, "--batch_size", "auto"]
     text = good(run(*words))
     assert text.count("--batch_size auto: nothing tells what fits on a CPU; it takes the default, 8 rows") == 1
-    assert "a step is 8 x 8 = 64 rows" in text
+    assert "a step is 1 x 8 = 8 rows" in text
     assert_one_line_error(run(*words, "--deepspeed"), "--batch_size auto", "--deepspeed", "give a number", code=2)
     assert_one_line_error(run(*words, "--fsdp"), "--batch_size auto", "give a number", code=2)
 
@@ -180,6 +180,6 @@ def test_sizes_that_stay_open_on_a_gpu():
         return settings.batch_size, settings.accumulation_steps
 
     assert sizes("cuda", 1) == ("auto", None) and sizes("cuda", 3, accumulation_steps=2) == ("auto", 2)
-    assert sizes("cpu", 2) == (4, 8) and sizes("mps", 1, accumulation_steps=2) == (8, 2)
+    assert sizes("cpu", 2) == (4, 1) and sizes("mps", 1, accumulation_steps=2) == (8, 2)
     with pytest.raises(UserError, match="64 rows .* shared evenly by 3 processes"):
         sizes("cuda", 3)

@@ -66,7 +66,7 @@ def most_held(function):
     [
         (torch.float32, 8, 64, {}, {}),
         (torch.float32, 4, 64, dict(dim=128, n_heads=4), dict(gradient_checkpointing=True)),
-        (torch.bfloat16, 4, 128, dict(n_layers=2), dict(optimizer="muon")),
+        (torch.bfloat16, 4, 128, dict(n_layers=2), dict(optimizer="adamw")),
         (torch.bfloat16, 8, 64, dict(use_moe=True, n_layers=2), {}),
         (torch.bfloat16, 2, 64, dict(vocab_size=400), dict(accumulation_steps=2)),
     ],

@@ -37,7 +37,8 @@ def words(tmp_path, small_tokenizer_path):
 
 
 def test_what_it_finds_by_hand(pretrain_csv, tmp_path, tokenizer):
-    run = make_trainer(pretrain_csv, tmp_path, "--epochs", 5, "--use_moe", tokenizer=tokenizer)
+    words = ("--epochs", 5, "--use_moe", "--optimizer", "adamw")
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
     found = dry_run.rehearse(run)
     data = run.train_loader.dataset
     numbers = [parameter.numel() for parameter in run.model.parameters()]
@@ -106,6 +107,27 @@ def test_minutes_tell_how_many_steps_fit(pretrain_csv, tmp_path, tokenizer):
         dry_run.duration(run, dict(measured, seconds=66.0))
 
 
+def test_short_rows_have_a_pace_of_their_own(pretrain_csv, tmp_path, tokenizer):
+    """A quarter second a step for the first 80 %, half a second for the rest; with less time, 80 % of that."""
+    words = ("--max_steps", 100, "--warmup_iters", 0, "--short_rows_share", 0.8, "--short_rows", 8)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    tokens = run.train_loader.dataset.num_tokens / run.steps_per_epoch
+    measured = dict(tokens=4 * tokens, seconds=1.0, whole_rows=dict(tokens=4 * tokens, seconds=2.0))
+    assert dry_run.duration(run, measured)["seconds"] == pytest.approx(80 * 0.25 + 20 * 0.5)
+    run.state.step = 90
+    assert dry_run.duration(run, measured)["seconds"] == pytest.approx(10 * 0.5)
+    run = make_trainer(pretrain_csv, tmp_path, *words, "--max_minutes", 0.25, tokenizer=tokenizer)  # 15 s
+    found = dry_run.duration(run, measured)
+    assert (found["steps"], found["seconds"]) == (48 + 6, 15.0)
+    seen, language_model_loss = [], run.loss_function
+    run.loss_function = lambda model, batch, items: (
+        seen.append(batch["input_ids"].shape[1]) or language_model_loss(model, batch, items)
+    )
+    found = dry_run.rehearse(run)
+    assert seen[:8] == [8] * 4 + [32] * 4 and found["memory"]["length"] == 32
+    assert "with rows of 8 tokens" in "".join(dry_run.lines(run, found))
+
+
 def test_other_presets_scale_by_work_and_size(pretrain_csv, tmp_path):
     from model.build import build_model
     from model.data.dataset import open_pretrain_data
@@ -118,7 +140,9 @@ def test_other_presets_scale_by_work_and_size(pretrain_csv, tmp_path):
 
     words = load_tokenizer()
     model, _ = build_model(ModelSettings(preset="minimind-tiny", max_seq_len=32), words)
-    settings = TrainingSettings(out_dir=str(tmp_path), batch_size=2, max_steps=10, device="cpu", dtype="float32")
+    settings = TrainingSettings(
+        out_dir=str(tmp_path), batch_size=2, max_steps=10, device="cpu", dtype="float32", optimizer="adamw"
+    )
     data = open_pretrain_data(pretrain_csv, words, 32)
     found = dry_run.rehearse(trainer := Trainer(model, words, *data, settings, stage="pretrain"))
     (other,) = found["presets"].values()
