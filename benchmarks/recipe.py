@@ -107,10 +107,10 @@ def parse_arguments():
 # ---- one run
 
 
-def train(args, changes, seconds, seed, out_dir, threads=None):
-    """Train once in a process of its own; returns {bits_per_byte, tokens, steps, seconds}."""
+def train(args, changes, limit, seed, out_dir, threads=None):
+    """Train once, within `limit`, a flag, in a process of its own; returns {bits_per_byte, tokens, steps, seconds}."""
     script = STAGES[args.stage].command
-    command = f"{script} --data_path {shlex.quote(args.data_path)} --max_minutes {seconds / 60} --seed {seed} "
+    command = f"{script} --data_path {shlex.quote(args.data_path)} {limit} --seed {seed} "
     command += f"--eval_tokens {args.eval_tokens} --eval_interval 1000000 --save_interval 1000000 --out_dir {out_dir} "
     shape = f"--dim {args.dim} --n_layers {args.n_layers}"
     command += f"--init_from {shlex.quote(args.init_from)}" if args.init_from else shape
@@ -126,6 +126,10 @@ def train(args, changes, seconds, seed, out_dir, threads=None):
     record = json.loads(path.read_text("utf-8"))
     result = dict(bits_per_byte=record["validation_bits_per_byte"], tokens=record["tokens_seen"], steps=record["step"])
     return {**result, "seconds": round(record["train_seconds"], 1)}
+
+
+def minutes(seconds):
+    return f"--max_minutes {seconds / 60}"
 
 
 def run_changed(name, script, *words):
@@ -247,11 +251,13 @@ def search(args):
     threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     table = {}
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        first = pool.submit(train, args, "", 1.0, 1, f"{folder}/first", threads)  # which makes the token cache
+        first = pool.submit(
+            train, args, "", "--max_steps 1", 1, f"{folder}/first", threads
+        )  # which makes the token cache
         first.result()
         runs = {
             name: [
-                pool.submit(train, args, changes, args.seconds, seed, f"{folder}/{index}-{seed}", threads)
+                pool.submit(train, args, changes, minutes(args.seconds), seed, f"{folder}/{index}-{seed}", threads)
                 for seed in seeds
             ]
             for index, (name, changes) in enumerate(wanted.items())
@@ -273,10 +279,10 @@ def compare(args):
     """The original's recipe for --seconds, the defaults for a part of that."""
     result = dict(seconds=args.seconds, ratio=args.ratio)
     with tempfile.TemporaryDirectory() as folder:
-        train(args, "", 1.0, 1, f"{folder}/first")  # which makes the token cache
+        train(args, "", "--max_steps 1", 1, f"{folder}/first")  # which makes the token cache
         recipes = {"defaults": ("", args.seconds / args.ratio), "original": (ORIGINAL, args.seconds)}
         for name, (changes, seconds) in recipes.items():
-            result[name] = train(args, changes, seconds, 1, f"{folder}/{name}")
+            result[name] = train(args, changes, minutes(seconds), 1, f"{folder}/{name}")
             numbers = "{seconds:,.1f} s  {steps:,} steps  {tokens:,} tokens  {bits_per_byte:.4f} bits per byte"
             print(f"{name:10s} {numbers.format(**result[name])}", flush=True)
     result["reached"] = result["defaults"]["bits_per_byte"] <= result["original"]["bits_per_byte"]
