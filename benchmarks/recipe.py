@@ -262,15 +262,18 @@ def search(args):
             ]
             for index, (name, changes) in enumerate(wanted.items())
         }
-        print("| what is changed | flags | tokens | bits per byte | spread |\n|---|---|---:|---:|---:|")
+        print(
+            "| what is changed | flags | tokens | bits per byte | against the first | each seed |\n|---|---|---:|---:|---:|---|"
+        )
         for name, futures in runs.items():
             results = [future.result() for future in futures]
-            bits = [result["bits_per_byte"] for result in results]
-            tokens = statistics.mean(result["tokens"] for result in results)
-            table[name] = dict(flags=wanted[name], tokens=round(tokens), bits_per_byte=round(statistics.mean(bits), 4))
-            table[name]["spread"] = round(max(bits) - min(bits), 4)
-            flags = f"`{wanted[name]}`" if wanted[name] else ""
-            numbers = f"{tokens:,.0f} | {statistics.mean(bits):.3f} | {max(bits) - min(bits):.3f}"
+            bits = [round(result["bits_per_byte"], 4) for result in results]
+            tokens = round(statistics.mean(result["tokens"] for result in results))
+            table[name] = dict(flags=wanted[name], tokens=tokens, bits_per_byte=bits)
+            # A seed decides too which documents are held out, so runs of the same seed are what can be compared.
+            against = [own - first for own, first in zip(bits, next(iter(table.values()))["bits_per_byte"])]
+            flags, each = f"`{wanted[name]}`" if wanted[name] else "", ", ".join(f"{value:+.3f}" for value in against)
+            numbers = f"{tokens:,} | {statistics.mean(bits):.3f} | {statistics.mean(against):+.3f} | {each}"
             print(f"| {name} | {flags} | {numbers} |", flush=True)
     return dict(stage=args.stage, seconds=args.seconds, seeds=args.seeds, jobs=args.jobs, table=table)
 
