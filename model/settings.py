@@ -112,16 +112,34 @@ class TrainingSettings(Checked):
     accumulation_steps: int = flag(
         None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
     )
-    learning_rate: float = flag(2e-4, "peak (default: {default})", least=0)
-    warmup_iters: int = flag(
-        None, "steps of linear warm-up before the cosine (default: 5 %, at most 100)", int, least=0
+    learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
+    muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
+    embedding_learning_rate: float = flag(
+        None, "peak for the embedding, which AdamW trains (default: 10 x --learning_rate)", float, least=0
     )
+    schedule: str = flag(
+        "linear",
+        "how rates fall: linear, to zero; cosine, to a tenth as in v1 (default: {default})",
+        choices=("linear", "cosine"),
+    )
+    decay_share: float = flag(
+        1.0, "part of the run, its last, in which rates fall; 0: they stay (default: {default})", least=0, most=1
+    )
+    warmup_iters: int = flag(None, "steps of linear warm-up before that (default: 5 %, at most 100)", int, least=0)
     weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
+    beta1: float = flag(0.9, "AdamW's decay of the mean of gradients (default: {default})", least=0, below=1)
+    beta2: float = flag(0.95, "AdamW's decay of the mean of their squares (default: {default})", least=0, below=1)
     grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
     optimizer: str = flag(
-        "adamw", "muon: Muon on hidden matrices, AdamW on the rest (default: {default})", choices=("adamw", "muon")
+        None,
+        "muon: Muon on hidden matrices, AdamW on the rest; adamw: on all (default: muon; with --deepspeed adamw)",
+        str,
+        choices=("muon", "adamw"),
     )
-    muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
+    short_rows: int = flag(
+        None, "tokens of a row in the first part of the run, each row being cut into so long ones", int, least=2
+    )
+    short_rows_share: float = flag(0.9, "how long that part is (default: {default})", least=0, most=1)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
@@ -181,7 +199,7 @@ class TrainingSettings(Checked):
 
     def resolved(self, device, world_size):
         """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is
-        given), Muon's learning rate.
+        given), the optimizer, its learning rates.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
         UserError where they cannot be shared evenly.
@@ -194,9 +212,17 @@ class TrainingSettings(Checked):
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
             batch_size, accumulation = rows // world_size, accumulation or 64 // rows
-        muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        muon, embedding = (
+            10 * self.learning_rate if rate is None else rate
+            for rate in (self.muon_learning_rate, self.embedding_learning_rate)
+        )
         return dataclasses.replace(
-            self, batch_size=batch_size, accumulation_steps=accumulation or 1, muon_learning_rate=muon
+            self,
+            batch_size=batch_size,
+            accumulation_steps=accumulation or 1,
+            optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
+            muon_learning_rate=muon,
+            embedding_learning_rate=embedding,
         )
 
 

@@ -207,6 +207,12 @@ def _batch(input_ids, labels, lengths, width):
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def cut_rows(batch, length):
+    """A batch of full rows [B, T] as one of rows [B * T / length, length] of the same tokens. (The first token of each has
+    nothing before it, so it is no target.)"""
+    return {name: tensor.reshape(-1, length) for name, tensor in batch.items()}
+
+
 def token_byte_lengths(tokenizer):
     """LongTensor [V]: bytes of each token, 0 for special ones; bits per byte = nats / ln 2 / table[targets].sum()."""
     return torch.tensor([len(piece) for piece in token_bytes(tokenizer)])

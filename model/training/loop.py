@@ -24,7 +24,7 @@ from model.checkpoint import (
     resume_path,
     save_checkpoint,
 )
-from model.data.dataset import token_byte_lengths
+from model.data.dataset import cut_rows, token_byte_lengths
 from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
 from model.errors import FULL_DISK, UserError, command_line, warn
@@ -160,6 +160,9 @@ class Trainer:
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.schedule = make_schedule(settings, self.steps_per_epoch)
+        if settings.short_rows is not None and model.config.max_seq_len % settings.short_rows:
+            problem = f"{settings.short_rows} is no part of the {model.config.max_seq_len} of --max_seq_len"
+            raise UserError(f"--short_rows: {problem}; give a divisor", exit_code=2)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
@@ -378,7 +381,10 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state, counts = self.state, [self.measure(batch) for batch in batches]
+        state = self.state
+        if self.rows_are_short():
+            batches = [cut_rows(batch, self.settings.short_rows) for batch in batches]
+        counts = [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
             flops = sum(tokens * self.flops_per_token(length) for _, _, tokens, _, length in counts)
@@ -398,6 +404,13 @@ class Trainer:
         state.supervised_tokens_seen += int(items)
         window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
         return True
+
+    def rows_are_short(self):
+        """Whether this step's rows are cut to --short_rows: early, attention to what is far away costs more than it teaches."""
+        settings, state = self.settings, self.state
+        if settings.short_rows is None:
+            return False
+        return self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share
 
     def accumulate(self, batches, shares, items):
         """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor, or None when

@@ -14,33 +14,49 @@ WARMUP_SHARE = 0.05
 def build_optimizers(model, settings):
     """A list of optimizers over the trainable parameters: AdamW, or Muon on hidden matrices and AdamW on the rest.
 
-    Only matrices decay, each by learning_rate * weight_decay per step under either optimizer. Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) orthogonalises updates of linear maps; embeddings, the router and norms are none.
-    Every group keeps its peak rate as "initial_lr", as PyTorch's schedulers do. settings: resolved TrainingSettings.
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) orthogonalises updates of linear maps; embeddings, the
+    router and norms are none. The embedding has a rate of its own: of its rows a step moves only those whose word it met.
+    Only matrices decay, each by learning_rate * weight_decay per step under either optimizer. Every group keeps its peak
+    rate as "initial_lr", as PyTorch's schedulers do. settings: resolved TrainingSettings.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     optimizers, hidden = [], set()
     if settings.optimizer == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise UserError(f"--optimizer muon: PyTorch {torch.__version__} has none; use adamw or PyTorch 2.9")
-        matrices = [(name, parameter) for name, parameter in parameters if is_hidden_matrix(name, parameter)]
-        hidden = {name for name, _ in matrices}
+        hidden = {name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)}
+    if hidden:
         rate = settings.muon_learning_rate
-        decay = settings.weight_decay * settings.learning_rate / rate if rate else 0.0
-        optimizers.append(torch.optim.Muon([matrix for _, matrix in matrices], lr=rate, weight_decay=decay))
-    rest = [parameter for name, parameter in parameters if name not in hidden]
+        options = dict(lr=rate, weight_decay=decay_for(rate, settings))
+        optimizers.append(torch.optim.Muon([parameters[name] for name in parameters if name in hidden], **options))
+    groups = {"matrices": [], "vectors": [], "embeddings": []}
+    for name, parameter in parameters.items():
+        if name not in hidden:
+            kind = "vectors" if parameter.dim() < 2 else "embeddings" if id(parameter) in embeddings else "matrices"
+            groups[kind].append(parameter)
+    rates = {"embeddings": settings.embedding_learning_rate}
     groups = [
-        {"params": [parameter for parameter in rest if parameter.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [parameter for parameter in rest if parameter.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": members,
+            "lr": (rate := rates.get(kind, settings.learning_rate)),
+            "weight_decay": 0.0 if kind == "vectors" else decay_for(rate, settings),
+        }
+        for kind, members in groups.items()
+        if members
     ]
-    groups = [group for group in groups if group["params"]]
     if groups:
-        fused = parameters[0][1].device.type in ("cpu", "cuda")
-        optimizers.append(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=fused))
+        fused = next(iter(parameters.values())).device.type in ("cpu", "cuda")
+        optimizers.append(torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return optimizers
+
+
+def decay_for(rate, settings):
+    """The optimizer's weight decay with which a matrix of this rate shrinks as one of --learning_rate does."""
+    return settings.weight_decay * settings.learning_rate / rate if rate else 0.0
 
 
 def is_hidden_matrix(name, parameter):
@@ -56,22 +72,32 @@ class Schedule:
     """How long a run is and how fast it learns at each moment: by steps, by seconds of training, or what ends first.
 
     total_steps and seconds may be infinite, not both. The warm-up ends after warmup_steps, or warmup_seconds if sooner.
+    decay: "linear" or "cosine", in the last decay_share of what follows it.
     """
 
     total_steps: float
     warmup_steps: int
     seconds: float = math.inf
     warmup_seconds: float = math.inf
+    decay: str = "linear"
+    decay_share: float = 1.0
 
     def factor(self, step, elapsed=0.0):
-        """Share of the peak learning rate in step `step` (from 0), `elapsed` seconds into the run: linear warm-up, then
-        v1's cosine to a tenth, 0.1 + 0.5 * 0.9 * (1 + cos(pi p)) with p the share done of the steps after the warm-up,
-        or of the seconds where that is more."""
+        """Share of the peak learning rate in step `step` (from 0), `elapsed` seconds into the run: linear warm-up, the peak,
+        then with p the share done of the decay: 1 - p (Bergsma et al. 2025, arXiv 2502.15938), or v1's cosine to a tenth,
+        0.1 + 0.5 * 0.9 * (1 + cos(pi p))."""
         if step < self.warmup_steps and elapsed < self.warmup_seconds:
             return max((step + 1) / (self.warmup_steps + 1), elapsed / self.warmup_seconds)
+        left = 1 - self.progress(step, elapsed)
+        if left >= self.decay_share:
+            return 1.0
+        done = 1 - left / self.decay_share
+        return 1 - done if self.decay == "linear" else 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+    def progress(self, step, elapsed=0.0):
+        """Share done of the steps after the warm-up, or of the seconds where that is more."""
         steps = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        progress = min(1.0, max(steps, elapsed / self.seconds))
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+        return min(1.0, max(steps, elapsed / self.seconds))
 
     def is_over(self, step, elapsed, pace):
         """Whether nothing is left to do after `step` steps in `elapsed` seconds: a further one, of `pace` seconds, would
@@ -87,9 +113,10 @@ def make_schedule(settings, steps_per_epoch):
         epochs = epochs or 1
     if epochs is not None:
         total_steps = min(total_steps, epochs * steps_per_epoch)
+    options = dict(decay=settings.schedule, decay_share=settings.decay_share)
     if settings.warmup_iters is not None:
-        return Schedule(total_steps, settings.warmup_iters, seconds)
-    return Schedule(total_steps, min(2000, total_steps) // 20, seconds, WARMUP_SHARE * seconds)
+        return Schedule(total_steps, settings.warmup_iters, seconds, **options)
+    return Schedule(total_steps, min(2000, total_steps) // 20, seconds, WARMUP_SHARE * seconds, **options)
 
 
 def set_learning_rates(optimizers, factor):

@@ -18,6 +18,10 @@ STEPS_FLAG = "--epochs or --max_steps (in steps)"
 SCHEDULE_FLAGS = (STEPS_FLAG, "--max_minutes")
 PASSED_ON = 3.0
 MEMORY_FLAGS = ("--deepspeed", "--zero_stage", "--offload", "--fsdp", "--gradient_checkpointing")
+FREE_FLAGS = (
+    "learning_rate", "embedding_learning_rate", "schedule", "decay_share", "weight_decay", "beta1", "beta2", "grad_clip",
+    "short_rows", "short_rows_share", "compile", "batch_size", "accumulation_steps", "max_minutes",
+)  # fmt: skip
 SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes", *MEMORY_FLAGS)
 
 
@@ -74,8 +78,7 @@ def trajectory(trainer, data, identity):
         **{f"the model's {name}": getattr(config, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS},
         **identity,
     }
-    free = {f"--{name}": getattr(settings, name) for name in ("learning_rate", "weight_decay", "grad_clip", "compile")}
-    free.update({f"--{name}": getattr(settings, name) for name in ("batch_size", "accumulation_steps", "max_minutes")})
+    free = {f"--{name}": getattr(settings, name) for name in FREE_FLAGS}
     free.update({"--warmup_iters": schedule.warmup_steps, STEPS_FLAG: schedule.total_steps})
     free.update({"--dtype": str(trainer.dtype), "--device": trainer.device.type})
     free.update({f"the model's {name}": getattr(config, name) for name in FREE_FIELDS if name != "max_seq_len"})

@@ -33,7 +33,9 @@ class DataParallel:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         if settings.compile:
             check_compiler(device)
-        self.runner = self.make_runner(settings, device, dtype, True if dynamic else None)
+        # Few shapes, as full rows and short ones, are better compiled one by one.
+        dynamic = True if dynamic else False if settings.short_rows else None
+        self.runner = self.make_runner(settings, device, dtype, dynamic)
 
     def prepare(self, device, dtype, settings):
         """Have the model use what makes training faster or smaller."""

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -190,7 +191,7 @@ def test_a_step_weights_micro_batches_by_their_rows_and_the_clock_says_what_is_l
 
 def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
     total, warmup, peak = 110, 10, 2e-4
-    schedule = Schedule(total, warmup)
+    schedule = Schedule(total, warmup, decay="cosine")
     rates = [peak * schedule.factor(step) for step in range(total)]
     assert rates[0] == pytest.approx(peak / 11) and rates[9] == pytest.approx(peak * 10 / 11)
     for step in range(warmup, total):
@@ -202,8 +203,21 @@ def test_schedule_is_the_cosine_to_a_tenth_after_a_linear_warmup():
     assert Schedule(10, 0).factor(0) == 1.0
 
 
+def test_schedule_falls_in_a_line_to_zero_in_the_share_that_is_for_it():
+    whole, half, never = (Schedule(110, 10, decay_share=share) for share in (1.0, 0.5, 0.0))
+    warming = [step / 11 for step in range(1, 11)]
+    assert [whole.factor(step) for step in range(111)] == pytest.approx([*warming, *(1 - t / 100 for t in range(101))])
+    steady = [1.0] * 50
+    falling = [1 - t / 50 for t in range(51)]
+    assert [half.factor(step) for step in range(111)] == pytest.approx([*warming, *steady, *falling])
+    assert [never.factor(step) for step in range(10, 110)] == [1.0] * 100
+    late_cosine = Schedule(110, 10, decay="cosine", decay_share=0.5)
+    assert [late_cosine.factor(step) for step in (59, 60, 85, 110)] == pytest.approx([1.0, 1.0, 0.55, 0.1])
+    assert Schedule(math.inf, 0, 100.0, decay_share=0.25).factor(7, 90.0) == pytest.approx(0.4)
+
+
 def test_schedule_by_time_warms_up_then_follows_the_clock():
-    settings = TrainingSettings(max_minutes=10).resolved(torch.device("cpu"), 1)
+    settings = TrainingSettings(max_minutes=10, schedule="cosine").resolved(torch.device("cpu"), 1)
     schedule = make_schedule(settings, steps_per_epoch=1000)
     assert schedule.total_steps == math.inf and schedule.seconds == 600
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * seconds / 600)) for seconds in range(0, 601)]
@@ -214,8 +228,10 @@ def test_schedule_by_time_warms_up_then_follows_the_clock():
     assert schedule.factor(10**6, 300) == pytest.approx(0.55) and schedule.factor(7, 600) == pytest.approx(0.1)
     assert not schedule.is_over(0, 0.0, 0.0) and not schedule.is_over(10, 500, 50) and not schedule.is_over(2, 599, 1)
     assert schedule.is_over(10, 546, 55) and schedule.is_over(3, 601, 0)  # another step of 55 s would end too late
-    both = make_schedule(TrainingSettings(max_minutes=10, max_steps=100, warmup_iters=3), 1000)
-    assert both.factor(51, 60) == Schedule(100, 3).factor(51) and both.factor(4, 300) == pytest.approx(0.55)
+    both = make_schedule(TrainingSettings(max_minutes=10, max_steps=100, warmup_iters=3, schedule="cosine"), 1000)
+    assert both.factor(51, 60) == Schedule(100, 3, decay="cosine").factor(51) and both.factor(4, 300) == pytest.approx(
+        0.55
+    )
     assert both.factor(1, 60.0) == 0.5  # --warmup_iters is in steps
     assert both.is_over(100, 1, 0) and both.is_over(99, 599, 2)
     assert make_schedule(TrainingSettings(max_minutes=10, epochs=2), 30).total_steps == 60
@@ -247,14 +263,15 @@ def test_every_optimizer_follows_the_schedule_and_the_log_says_its_rate(pretrain
         step = optimizer.step
 
         def note(*positional, optimizer=optimizer, step=step, **named):
-            rates.append({group["lr"] for group in optimizer.param_groups})
+            rates.append([group["lr"] for group in optimizer.param_groups])
             return step(*positional, **named)
 
         optimizer.step = note
     run.train()
     factors = [Schedule(6, 2).factor(step) for step in range(6)]
     assert [rate for (rate,) in rates[0::2]] == pytest.approx([1e-2 * factor for factor in factors])  # Muon's
-    assert [rate for (rate,) in rates[1::2]] == pytest.approx([1e-3 * factor for factor in factors])
+    for matrices_and_vectors, embedding, factor in zip(*zip(*rates[1::2]), factors):
+        assert (matrices_and_vectors, embedding) == pytest.approx((1e-3 * factor, 1e-2 * factor))
     logged = [record["learning_rate"] for record in records(run) if "learning_rate" in record]
     assert logged == pytest.approx([1e-3 * factor for factor in factors])
 
@@ -319,20 +336,27 @@ def test_muon_takes_the_linear_maps_of_the_layers_under_peft_names_too(name, sha
 
 
 def test_adamw_is_the_one_written_out(tokenizer):
-    model, settings = make_model(tokenizer, "--learning_rate", 0.01, "--weight_decay", 0.1)
+    words = ("--learning_rate", 0.01, "--weight_decay", 0.1, "--beta1", 0.8, "--beta2", 0.98, "--optimizer", "adamw")
+    model, settings = make_model(tokenizer, *words, "--embedding_learning_rate", 0.04)
     (optimizer,) = build_optimizers(model, settings)
-    matrix, vector = model.layers[0].attention.wq.weight, model.norm.weight
-    expected, moments = [matrix.detach().clone(), vector.detach().clone()], [[0.0, 0.0], [0.0, 0.0]]
+    parameters = matrix, vector, embedding = (
+        model.layers[0].attention.wq.weight,
+        model.norm.weight,
+        model.tok_embeddings.weight,
+    )
+    assert model.output.weight is embedding
+    expected, moments = [parameter.detach().clone() for parameter in parameters], [[0.0, 0.0] for _ in parameters]
     for step in (1, 2, 3):
-        for index, (parameter, decay) in enumerate(((matrix, 0.1), (vector, 0.0))):
+        # Rate of the update, and what a step takes off: 0.01 * 0.1 of any matrix, whatever its rate.
+        for index, (parameter, rate, decay) in enumerate(zip(parameters, (0.01, 0.01, 0.04), (0.001, 0.0, 0.001))):
             gradient = parameter.grad = torch.randn_like(parameter)
             first, second = moments[index]
-            first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+            first, second = 0.8 * first + 0.2 * gradient, 0.98 * second + 0.02 * gradient**2
             moments[index] = first, second
-            change = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
-            expected[index] = expected[index] * (1 - 0.01 * decay) - 0.01 * change
+            change = first / (1 - 0.8**step) / ((second / (1 - 0.98**step)).sqrt() + 1e-8)
+            expected[index] = expected[index] * (1 - decay) - rate * change
         optimizer.step()
-    for parameter, wanted in zip((matrix, vector), expected):
+    for parameter, wanted in zip(parameters, expected):
         assert torch.allclose(parameter, wanted, atol=1e-6)
 
 
@@ -346,8 +370,44 @@ def test_muon_missing_is_one_line(monkeypatch, tokenizer):
 def test_frozen_parameters_are_left_alone(tokenizer):
     model, settings = make_model(tokenizer)
     model.tok_embeddings.weight.requires_grad_(False)
-    (optimizer,) = build_optimizers(model, settings)
-    assert all(model.tok_embeddings.weight is not p for group in optimizer.param_groups for p in group["params"])
+    optimizers = build_optimizers(model, settings)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert groups and all(model.tok_embeddings.weight is not p for group in groups for p in group["params"])
+
+
+def test_without_a_choice_muon_works_and_with_deepspeed_adamw(tokenizer):
+    open_choice, device = TrainingSettings(learning_rate=3e-3), torch.device("cpu")
+    assert open_choice.resolved(device, 1).optimizer == "muon"
+    assert dataclasses.replace(open_choice, deepspeed="auto").resolved(device, 1).optimizer == "adamw"
+    resolved = open_choice.resolved(device, 1)
+    assert (resolved.muon_learning_rate, resolved.embedding_learning_rate) == pytest.approx((3e-2, 3e-2))
+
+
+def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv, tmp_path, tokenizer):
+    seen = []
+
+    def spy(model, batch, num_items):
+        if model.training:
+            seen.append((batch["input_ids"].clone(), batch["labels"].clone()))
+        return language_model_loss(model, batch, num_items)
+
+    def run(*words):
+        seen.clear()
+        words = ("--max_steps", 8, "--warmup_iters", 0, *words)
+        trainer = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=spy)
+        trainer.train()
+        return trainer, list(seen)
+
+    whole, rows = run("--out_dir", tmp_path / "whole")
+    short, pieces = run("--short_rows", 8, "--short_rows_share", 0.5, "--out_dir", tmp_path / "short")
+    assert [ids.shape[1] for ids, _ in pieces] == [8] * 4 + [32] * 4 and {ids.shape[1] for ids, _ in rows} == {32}
+    for piece, row in zip(pieces, rows):
+        assert all(torch.equal(cut.flatten(), full.flatten()) for cut, full in zip(piece, row))
+    assert short.state.tokens_seen == whole.state.tokens_seen
+    # The first token of each piece has nothing before it and is no target.
+    assert short.state.supervised_tokens_seen == sum(int((labels[:, 1:] != -100).sum()) for _, labels in pieces)
+    with pytest.raises(UserError, match="--short_rows: 7 is no part of the 32 of --max_seq_len"):
+        make_trainer(pretrain_csv, tmp_path, "--short_rows", 7, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -482,14 +542,14 @@ def test_non_finite_numbers_stop_before_the_weights_change(pretrain_csv, tmp_pat
     words = ("--max_steps", 9, "--save_interval", 2)
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer, loss_function=poisoned)
     before = {}
-    step = run.strategy.optimizers[0].step
+    step = run.strategy.optimizers[-1].step
 
     def note(*positional, **named):
         result = step(*positional, **named)
         before.update(weights(run))
         return result
 
-    run.strategy.optimizers[0].step = note
+    run.strategy.optimizers[-1].step = note
     with pytest.raises(UserError, match=r"step 6: (loss|gradient norm) is nan.*of step 4 is intact"):
         run.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
