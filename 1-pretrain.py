@@ -25,7 +25,7 @@ STAGE = STAGES["pretrain"]
 def parse_arguments():
     parser = script_parser(__doc__)
     add_training_flags(
-        parser, data_path=STAGE.data_path, learning_rate=2e-3, epochs=2, wandb_project="MiniMind-Pretrain"
+        parser, data_path=STAGE.data_path, short_rows_share=None, epochs=2, wandb_project="MiniMind-Pretrain"
     )
     return parser.parse_args()
 

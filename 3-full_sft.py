@@ -17,7 +17,7 @@ import shlex
 
 from model.cli import add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
-from model.settings import ModelSettings
+from model.settings import PRETRAINING_ONLY, ModelSettings
 from model.stages import STAGES
 
 SINGLE, MULTI = STAGES["single_chat/full_sft"], STAGES["multi_chat/full_sft"]
@@ -28,7 +28,10 @@ def parse_arguments():
     parser.add_argument("--multi", action="store_true", help="second round, on conversations of several turns")
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
     data_path = f"{SINGLE.data_path}, with --multi {MULTI.data_path}"
-    add_training_flags(parser, data_path=data_path, learning_rate=1e-4, epochs=3, wandb_project="MiniMind-Full-SFT")
+    defaults = dict(
+        data_path=data_path, learning_rate=5e-4, embedding_rate_factor=1.0, wandb_project="MiniMind-Full-SFT"
+    )
+    add_training_flags(parser, epochs=3, leave_out=PRETRAINING_ONLY, **defaults)
     parser.set_defaults(data_path=None)
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model.cli import add_flags, add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
-from model.settings import LoraSettings, ModelSettings
+from model.settings import PRETRAINING_ONLY, LoraSettings, ModelSettings
 from model.stages import STAGES
 
 STAGE = STAGES["lora"]
@@ -29,8 +29,9 @@ def parse_arguments():
     add_flags(parser, LoraSettings, "adapter")
     parser.add_argument("--save_peft", type=Path, metavar="DIR", help="also write it as a folder that peft reads")
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
-    defaults = dict(data_path=STAGE.data_path, learning_rate=1e-4, weight_decay=0.0, wandb_project="MiniMind-LoRA")
-    add_training_flags(parser, epochs=3, eval_interval=100, save_interval=100, **defaults)
+    defaults = dict(data_path=STAGE.data_path, wandb_project="MiniMind-LoRA", eval_interval=100, save_interval=100)
+    defaults.update(optimizer="adamw", learning_rate=1e-4, weight_decay=0.0)
+    add_training_flags(parser, epochs=3, leave_out=PRETRAINING_ONLY, **defaults)
     return parser.parse_args()
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from model.cli import add_flags, add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
-from model.settings import PreferenceSettings, ShapeSettings
+from model.settings import PRETRAINING_ONLY, PreferenceSettings, ShapeSettings
 from model.stages import STAGES
 
 STAGE = STAGES["dpo"]
@@ -30,11 +30,10 @@ def parse_arguments():
     add_flags(parser, PreferenceSettings, "preferences")
     held_out = "held-out pairs (default: one in twenty of --data_path)"
     parser.add_argument("--validation_path", metavar="JSON", help=held_out)
-    defaults = dict(data_path=STAGE.data_path, learning_rate=1e-5, weight_decay=0.0, wandb_project="MiniMind-DPO")
+    defaults = dict(data_path=STAGE.data_path, wandb_project="MiniMind-DPO", eval_interval=20, save_interval=20)
+    defaults.update(learning_rate=1e-5, embedding_rate_factor=1.0, weight_decay=0.0)
     whole = ("deepspeed", "zero_stage", "offload", "fsdp")  # the reference must be whole, and so is the policy
-    add_training_flags(
-        parser, epochs=1, model=ShapeSettings, leave_out=whole, eval_interval=20, save_interval=20, **defaults
-    )
+    add_training_flags(parser, epochs=1, model=ShapeSettings, leave_out=whole + PRETRAINING_ONLY, **defaults)
     return parser.parse_args()
 
 

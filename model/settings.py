@@ -9,6 +9,7 @@ import re
 
 from model.errors import UserError
 
+PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -109,13 +110,13 @@ class TrainingSettings(Checked):
     batch_size: int = flag(
         None, "rows per forward pass of a process (default: 64 on a GPU, 8 elsewhere, over all processes)", int, least=1
     )
-    accumulation_steps: int = flag(
-        None, "forward passes per step (default: 1; 64 rows if --batch_size is open)", int, least=1
-    )
+    accumulation_steps: int = flag(1, "forward passes per step (default: {default})", least=1)
     learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
-    embedding_learning_rate: float = flag(
-        None, "peak for the embedding, which AdamW trains (default: 10 x --learning_rate)", float, least=0
+    embedding_rate_factor: float = flag(
+        10.0,
+        "the embedding, which AdamW trains, learns so many times as fast as --learning_rate (default: {default})",
+        least=0,
     )
     schedule: str = flag(
         "linear",
@@ -127,8 +128,8 @@ class TrainingSettings(Checked):
     )
     warmup_iters: int = flag(None, "steps of linear warm-up before that (default: 5 %, at most 100)", int, least=0)
     weight_decay: float = flag(0.1, "on matrices only (default: {default})", least=0)
-    beta1: float = flag(0.9, "AdamW's decay of the mean of gradients (default: {default})", least=0, below=1)
-    beta2: float = flag(0.95, "AdamW's decay of the mean of their squares (default: {default})", least=0, below=1)
+    beta1: float = flag(0.9, "of the mean of gradients, AdamW's and Muon's (default: {default})", least=0, below=1)
+    beta2: float = flag(0.95, "of the mean of their squares, AdamW's (default: {default})", least=0, below=1)
     grad_clip: float = flag(1.0, "largest gradient norm, 0: any (default: {default})", least=0)
     optimizer: str = flag(
         None,
@@ -136,10 +137,13 @@ class TrainingSettings(Checked):
         str,
         choices=("muon", "adamw"),
     )
-    short_rows: int = flag(
-        None, "tokens of a row in the first part of the run, each row being cut into so long ones", int, least=2
+    short_rows_share: float = flag(
+        0.0,
+        "first part of the run, in which rows are cut into shorter ones (default: in pretraining on a CPU 0.8, else 0)",
+        least=0,
+        most=1,
     )
-    short_rows_share: float = flag(0.9, "how long that part is (default: {default})", least=0, most=1)
+    short_rows: int = flag(None, "tokens of those (default: a quarter of --max_seq_len)", int, least=2)
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
@@ -183,6 +187,16 @@ class TrainingSettings(Checked):
         least=0,
     )
     save_interval: int = flag(500, "steps between checkpoints (default: {default})", least=1)
+    sample_interval: int = flag(
+        0, "steps between looks at what it says by now, greedy, also before the first step; 0: never", least=0
+    )
+    sample_prompts: str = flag(
+        None,
+        'what it is given then: a text file, one a line, or .jsonl with {"prompt"} in pretraining, else {"q"} '
+        "(default: four of its own)",
+        str,
+        metavar="FILE",
+    )
     use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
     wandb_project: str = flag("MiniMind", "default: {default}")
     wandb_run_name: str = flag(None, "default: stage and dim", str)
@@ -194,35 +208,36 @@ class TrainingSettings(Checked):
                 raise UserError(f"--{name}: says how --deepspeed works, and needs it", exit_code=2)
         if self.offload and self.zero_stage == 0:
             raise UserError("--offload: ZeRO stage 0 divides nothing; it needs --zero_stage 1, 2 or 3", exit_code=2)
+        if self.sample_prompts and not self.sample_interval:
+            raise UserError("--sample_prompts: needs --sample_interval, which says how often", exit_code=2)
         if self.fsdp and self.deepspeed is not None:
             raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
 
     def resolved(self, device, world_size):
-        """A copy in which nothing is left open: batch size and accumulation (64 rows a step over all ranks when neither is
-        given), the optimizer, its learning rates.
+        """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
+        Muon's learning rate, the share of short rows.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
         UserError where they cannot be shared evenly.
         """
-        batch_size, accumulation = self.batch_size, self.accumulation_steps
+        batch_size = self.batch_size
         if batch_size is None:
             rows = 64 if device.type == "cuda" else 8
             if rows % world_size:
                 problem = f"the {rows} rows of a forward pass cannot be shared evenly by {world_size} processes"
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
-            batch_size, accumulation = rows // world_size, accumulation or 64 // rows
-        muon, embedding = (
-            10 * self.learning_rate if rate is None else rate
-            for rate in (self.muon_learning_rate, self.embedding_learning_rate)
-        )
+            batch_size = rows // world_size
+        muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        share = self.short_rows_share
+        if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
+            share = 0.8 if device.type == "cpu" else 0.0
         return dataclasses.replace(
             self,
             batch_size=batch_size,
-            accumulation_steps=accumulation or 1,
             optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
             muon_learning_rate=muon,
-            embedding_learning_rate=embedding,
+            short_rows_share=share,
         )
 
 

@@ -209,6 +209,7 @@ def test_full_disk_while_saving_keeps_the_last_good_checkpoint(flags, tmp_path, 
 def test_two_ranks_train_as_one_process_of_twice_the_batch(run, flags, tmp_path, sft_csv, pretrain_csv):
     good(run("1-pretrain.py", *flags, "--data_path", pretrain_csv, "--max_steps", 1))
     words = ["3-full_sft.py", *flags, "--data_path", sft_csv, "--accumulation_steps", 2, "--max_steps", 6]
+    words += ["--optimizer", "adamw"]  # Muon rounds to bfloat16, and two ranks add up in another order
     good(run(*words))
     single, metadata = load_model(tmp_path / "out" / "single_chat" / "full_sft_32.pth")
     words[words.index("--batch_size") + 1] = 2

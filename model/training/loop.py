@@ -32,16 +32,20 @@ from model.files import locked
 from model.tokenizer import tokenizer_hash
 from model.training import ranks, resume
 from model.training.optimizer import make_schedule
+from model.training.reference import Expectation, describe_run
 from model.training.reports import (
     RunLog,
     flops_per_token,
     mean_loss,
     peak_flops,
+    run_name,
     start_wandb,
     step_line,
     validation_line,
 )
+from model.training.samples import Samples
 from model.training.strategy import DataParallel
+from model.training.watch import Watch
 
 
 def start(settings):
@@ -94,6 +98,18 @@ def measure(batch, byte_lengths):
     tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
     size = int(byte_lengths[targets[supervised]].sum())
     return int(supervised.sum()), int(supervised.any(dim=1).sum()), tokens, size, targets.shape[1] + 1
+
+
+def short_rows(settings, max_seq_len):
+    """Tokens of the rows in the first part of a run, None where there is no such part. UserError for no divisor of
+    max_seq_len."""
+    if not settings.short_rows_share:
+        return None
+    length = settings.short_rows or max(2, max_seq_len // 4)
+    if max_seq_len % length:
+        problem = f"{length} is no part of the {max_seq_len} of --max_seq_len; give a divisor, or --short_rows_share 0"
+        raise UserError(f"--short_rows: {problem}", exit_code=2)
+    return length
 
 
 @dataclasses.dataclass
@@ -160,13 +176,14 @@ class Trainer:
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
         self.schedule = make_schedule(settings, self.steps_per_epoch)
-        if settings.short_rows is not None and model.config.max_seq_len % settings.short_rows:
-            problem = f"{settings.short_rows} is no part of the {model.config.max_seq_len} of --max_seq_len"
-            raise UserError(f"--short_rows: {problem}; give a divisor", exit_code=2)
+        self.short_rows = short_rows(settings, model.config.max_seq_len)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
-        self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
+        self.run_name = run_name(self.path.relative_to(settings.out_dir))
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
         self.stop, self.state, self.torn = resume.StopRequest(), RunState(), None
+        self.samples, self.described = Samples(self, tokenizer), describe_run(self, train)
+        self.expectation = Expectation(self.described)
+        self.watch = Watch(self, train, self.expectation)
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
@@ -273,6 +290,7 @@ class Trainer:
         with self.alone(), contextlib.closing(self.log), self.stop:
             wandb = start_wandb(self.settings, self.run_name) if self.settings.use_wandb and ranks.is_main() else None
             self.log.start(state.step, self.schedule.total_steps, wandb)
+            self.samples.start()
             state.first_step, state.steady_since, state.stopping = state.step, None, False
             self.model.train()
             try:
@@ -287,6 +305,7 @@ class Trainer:
                 if state.finished and state.validation_loss is None and len(self.validation_loader):
                     self.validate()  # which a signal had cut short
                     self.save()
+                self.samples.take_if_due()
                 if state.step >= self.schedule.total_steps or state.finished:
                     ranks.print_once(f"nothing left to do: {self.step_of_total} is done")
                 else:
@@ -343,6 +362,7 @@ class Trainer:
                 self.validate()
             if state.step % settings.save_interval == 0 or done:
                 self.save()
+            self.samples.take_if_due()
             if done:
                 state.stopping = not state.finished
                 return
@@ -381,9 +401,9 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state = self.state
-        if self.rows_are_short():
-            batches = [cut_rows(batch, self.settings.short_rows) for batch in batches]
+        state, settings = self.state, self.settings
+        if self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share:
+            batches = [cut_rows(batch, self.short_rows) for batch in batches]
         counts = [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch
         if self.peak_flops:
@@ -404,13 +424,6 @@ class Trainer:
         state.supervised_tokens_seen += int(items)
         window.update(nats=loss * items, items=items, size=size, tokens=tokens, flops=flops)
         return True
-
-    def rows_are_short(self):
-        """Whether this step's rows are cut to --short_rows: early, attention to what is far away costs more than it teaches."""
-        settings, state = self.settings, self.state
-        if settings.short_rows is None:
-            return False
-        return self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share
 
     def accumulate(self, batches, shares, items):
         """Forward and backward of every micro-batch; returns this rank's part of the step's loss, a tensor, or None when
@@ -478,6 +491,7 @@ class Trainer:
         record.update(self.further_numbers())
         if bits_per_byte is not None:
             record["bits_per_byte"] = bits_per_byte
+        record.update(self.expectation.numbers(state.tokens_seen, window["tokens"]))
         record["learning_rate"] = self.strategy.learning_rate
         record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
@@ -491,6 +505,7 @@ class Trainer:
             record["expert_load"] = [round(share, 4) for share in load.mean(dim=0).tolist()]
             record["least_expert_load"] = round(load.min().item(), 4)  # what starves in one layer hides in the mean
         self.log.write(step_line(record, self.step_of_total), **record)
+        self.watch.see(record)
 
     def expert_load(self):
         """Share [L, E] of the last micro-batch's routing choices that each expert got in each layer, over all ranks; None
@@ -536,6 +551,7 @@ class Trainer:
             record["validation_bits_per_byte"] = bits_per_byte
         record.update((f"validation_{name}", number) for name, number in further.items())
         self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
+        self.watch.see_validation(record)
 
     @property
     def step_of_total(self):
@@ -560,7 +576,7 @@ class Trainer:
             raise UserError(
                 f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
             )
-        metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata = {**self.described, "parent": self.parent, "tokenizer_hash": self.tokenizer_hash, **state.progress()}
         metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
         if not state.validation:
             del metadata["validation"]
@@ -571,6 +587,7 @@ class Trainer:
             with self.stop.held():
                 save_checkpoint(self.path, self.model, metadata, training_state, weights)
             self.log.keep()
+            self.samples.keep()
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise

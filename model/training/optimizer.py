@@ -28,14 +28,14 @@ def build_optimizers(model, settings):
         hidden = {name for name, parameter in parameters.items() if is_hidden_matrix(name, parameter)}
     if hidden:
         rate = settings.muon_learning_rate
-        options = dict(lr=rate, weight_decay=decay_for(rate, settings))
+        options = dict(lr=rate, weight_decay=decay_for(rate, settings), momentum=settings.beta1)
         optimizers.append(torch.optim.Muon([parameters[name] for name in parameters if name in hidden], **options))
     groups = {"matrices": [], "vectors": [], "embeddings": []}
     for name, parameter in parameters.items():
         if name not in hidden:
             kind = "vectors" if parameter.dim() < 2 else "embeddings" if id(parameter) in embeddings else "matrices"
             groups[kind].append(parameter)
-    rates = {"embeddings": settings.embedding_learning_rate}
+    rates = {"embeddings": settings.embedding_rate_factor * settings.learning_rate}
     groups = [
         {
             "params": members,

@@ -19,7 +19,7 @@ SCHEDULE_FLAGS = (STEPS_FLAG, "--max_minutes")
 PASSED_ON = 3.0
 MEMORY_FLAGS = ("--deepspeed", "--zero_stage", "--offload", "--fsdp", "--gradient_checkpointing")
 FREE_FLAGS = (
-    "learning_rate", "embedding_learning_rate", "schedule", "decay_share", "weight_decay", "beta1", "beta2", "grad_clip",
+    "learning_rate", "embedding_rate_factor", "schedule", "decay_share", "weight_decay", "beta1", "beta2", "grad_clip",
     "short_rows", "short_rows_share", "compile", "batch_size", "accumulation_steps", "max_minutes",
 )  # fmt: skip
 SPLIT_FLAGS = ("--batch_size", "--accumulation_steps", "the number of processes", *MEMORY_FLAGS)

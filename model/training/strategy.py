@@ -34,7 +34,7 @@ class DataParallel:
         if settings.compile:
             check_compiler(device)
         # Few shapes, as full rows and short ones, are better compiled one by one.
-        dynamic = True if dynamic else False if settings.short_rows else None
+        dynamic = True if dynamic else False if settings.short_rows_share else None
         self.runner = self.make_runner(settings, device, dtype, dynamic)
 
     def prepare(self, device, dtype, settings):

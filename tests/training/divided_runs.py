@@ -46,7 +46,7 @@ class Runs:
 
     def make(self, name, words, *more, **options):
         """A Trainer; --adapter: as stage 4 makes it."""
-        steps = "--max_steps 4 --batch_size 2 --accumulation_steps 2 --log_interval 1 --eval_interval 2".split()
+        steps = "--max_steps 4 --batch_size 2 --accumulation_steps 2 --log_interval 1 --eval_interval 2 --optimizer adamw --embedding_rate_factor 1".split()
         words = [*steps, *words.split(), *more]
         if "--adapter" in words:
             words.remove("--adapter")

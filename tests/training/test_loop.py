@@ -176,7 +176,9 @@ def test_a_step_weights_micro_batches_by_their_rows_and_the_clock_says_what_is_l
     monkeypatch.setattr(run, "accumulate", lambda batches, shares, items: seen.update(shares=shares, items=items) or 0)
     monkeypatch.setattr(run, "update", lambda loss, factor: (0.0, 0.0))
     note = types.SimpleNamespace(
-        factor=lambda *where: seen.update(factor=where), is_over=lambda *where: seen.update(is_over=where)
+        factor=lambda *where: seen.update(factor=where),
+        is_over=lambda *where: seen.update(is_over=where),
+        progress=lambda *where: 0.5,
     )
     monkeypatch.setattr(run, "schedule", note)
     run.state.step, run.state.train_seconds, run.state.steady_from = 4, 14.0, 8.0  # the first step took 8 s
@@ -337,7 +339,7 @@ def test_muon_takes_the_linear_maps_of_the_layers_under_peft_names_too(name, sha
 
 def test_adamw_is_the_one_written_out(tokenizer):
     words = ("--learning_rate", 0.01, "--weight_decay", 0.1, "--beta1", 0.8, "--beta2", 0.98, "--optimizer", "adamw")
-    model, settings = make_model(tokenizer, *words, "--embedding_learning_rate", 0.04)
+    model, settings = make_model(tokenizer, *words, "--embedding_rate_factor", 4)
     (optimizer,) = build_optimizers(model, settings)
     parameters = matrix, vector, embedding = (
         model.layers[0].attention.wq.weight,
@@ -380,7 +382,7 @@ def test_without_a_choice_muon_works_and_with_deepspeed_adamw(tokenizer):
     assert open_choice.resolved(device, 1).optimizer == "muon"
     assert dataclasses.replace(open_choice, deepspeed="auto").resolved(device, 1).optimizer == "adamw"
     resolved = open_choice.resolved(device, 1)
-    assert (resolved.muon_learning_rate, resolved.embedding_learning_rate) == pytest.approx((3e-2, 3e-2))
+    assert resolved.muon_learning_rate == pytest.approx(3e-2)
 
 
 def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv, tmp_path, tokenizer):
@@ -399,7 +401,7 @@ def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv,
         return trainer, list(seen)
 
     whole, rows = run("--out_dir", tmp_path / "whole")
-    short, pieces = run("--short_rows", 8, "--short_rows_share", 0.5, "--out_dir", tmp_path / "short")
+    short, pieces = run("--short_rows_share", 0.5, "--out_dir", tmp_path / "short")
     assert [ids.shape[1] for ids, _ in pieces] == [8] * 4 + [32] * 4 and {ids.shape[1] for ids, _ in rows} == {32}
     for piece, row in zip(pieces, rows):
         assert all(torch.equal(cut.flatten(), full.flatten()) for cut, full in zip(piece, row))
@@ -407,7 +409,9 @@ def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv,
     # The first token of each piece has nothing before it and is no target.
     assert short.state.supervised_tokens_seen == sum(int((labels[:, 1:] != -100).sum()) for _, labels in pieces)
     with pytest.raises(UserError, match="--short_rows: 7 is no part of the 32 of --max_seq_len"):
-        make_trainer(pretrain_csv, tmp_path, "--short_rows", 7, tokenizer=tokenizer)
+        make_trainer(pretrain_csv, tmp_path, "--short_rows", 7, "--short_rows_share", 1, tokenizer=tokenizer)
+    for kind, share in (("cpu", 0.8), ("cuda", 0.0)):
+        assert TrainingSettings(short_rows_share=None).resolved(torch.device(kind), 1).short_rows_share == share
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -696,12 +700,12 @@ def test_epochs_and_max_steps(pretrain_csv, tmp_path, tokenizer):
     assert total("--epochs", 1, "--max_steps", 1)[0] == 1
 
 
-def test_open_batch_size_means_64_rows_a_step():
+def test_an_open_batch_size_is_shared_by_all_ranks():
     def sizes(kind, ranks, **given):
         settings = TrainingSettings(**given).resolved(torch.device(kind), ranks)
         return settings.batch_size, settings.accumulation_steps
 
-    assert sizes("cpu", 1) == (8, 8) and sizes("cpu", 4) == (2, 8)
+    assert sizes("cpu", 1) == (8, 1) and sizes("cpu", 4) == (2, 1)
     assert sizes("cuda", 1) == (64, 1) and sizes("cuda", 2) == (32, 1) and sizes("cuda", 64) == (1, 1)
     assert sizes("cpu", 2, accumulation_steps=3) == (4, 3)
     assert sizes("cuda", 3, batch_size=20) == (20, 1)  # what is given is each process's own
