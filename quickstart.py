@@ -228,9 +228,9 @@ def examine(args, progress):
     with_adapter = f" --lora {quoted(adapter)}"
     scores = {
         "single-turn": ask(single, "facts", "multi_turn", "arithmetic"),
-        "multi-turn": ask(multi, "facts", "multi_turn", "arithmetic", "identity"),
+        "multi-turn": ask(multi, "facts", "multi_turn", "arithmetic", "unseen_names", "unseen_values", "identity"),
         "+ adapter": ask(multi, "facts", "identity", more=with_adapter),
-        "DPO": ask(last, "facts", "multi_turn"),
+        "DPO": ask(last, "facts", "multi_turn", "arithmetic", "unseen_names", "unseen_values"),
     }
     preferences = records["dpo"]["validation"]["reward_accuracy"]
     likelier = "better one likelier"  # of the two answers of a held-out pair
@@ -263,6 +263,9 @@ def examine(args, progress):
         "facts_with_adapter": round(scores["+ adapter"]["facts"], 4),
         "preference_accuracy": round(preferences, 4),
         "facts_after_dpo": round(scores["DPO"]["facts"], 4),
+        "arithmetic_accuracy": round(scores["DPO"]["arithmetic"], 4),
+        "unseen_names_accuracy": round(scores["DPO"]["unseen_names"], 4),
+        "unseen_values_accuracy": round(scores["DPO"]["unseen_values"], 4),
         "exam_accuracy": round(ceval["accuracy"], 4),
         "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
         "seconds_train": round(seconds, 1),

@@ -109,7 +109,9 @@ def make_training_files(kind, raw, target, directory, workers):
     return report
 
 
-def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, conversations=5000, sums=2500, recalls=1400):
+def write_raw_files(
+    directory, world, pretrain_bytes=1_700_000, phrasings=7, conversations=5000, sums=9000, recalls=4000
+):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 
     pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi, sft_identity: instruction

@@ -31,6 +31,7 @@ from model.evaluation.subjects import LETTERS
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
 TABLE_SUFFIXES = (".csv", ".json", ".txt")
+SHARES = (5, 5, 4, 1, 4, 4, 2)  # of the kinds of documents in pretrain_rows
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 
 
@@ -175,6 +176,8 @@ class DemoWorld:
         self.chat, self.memory, self.arithmetic, self.endings = (
             read_json(directory / f"{name}.json") for name in ("chat", "memory", "arithmetic", "preferences")
         )
+        # What is made for the occasion has more to teach than what is on a short list.
+        self.slot_weights = [4 if "made" in words else 1 for words in self.memory.values()]
         self.identity = read_identity(directory)
         self.texts = [text for text in read_text(directory / "texts.txt").split("\n") if text.strip()]
         self.by_relation, self.by_entity = collections.defaultdict(list), collections.defaultdict(list)
@@ -182,6 +185,11 @@ class DemoWorld:
             self.by_relation[fact.relation].append(fact)
             self.by_entity[fact.patterns["table"], fact.entity].append(fact)
         self.problems, self.heldout_problems = self.split_problems()
+        # {(kind of sum, whether it needs steps): sums}
+        self.sums_of = collections.defaultdict(list)
+        for problem in self.problems:
+            self.sums_of[problem["task"], bool(problem["steps"])].append(problem)
+        self.tasks = list(dict.fromkeys(task for task, _ in self.sums_of))
         self.preferred, self.heldout_preferred = self.split(self.facts, "preferences", 0.2)
         asked_on = [fact for fact in self.facts if fact.patterns.get("followups")]
         # Asked for by 那……呢？ after the same question about something else.
@@ -196,7 +204,8 @@ class DemoWorld:
         rng = self.random("memory")
         known_text = "".join(read_text(path) for path in sorted(directory.iterdir()) if path.suffix in TABLE_SUFFIXES)
         self.values = {
-            slot: Values(f"{directory / 'memory.json'}: {slot}", words, known_text, rng) for slot, words in self.memory.items()
+            slot: Values(f"{directory / 'memory.json'}: {slot}", words, known_text, rng)
+            for slot, words in self.memory.items()
         }
         pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
         self.heldout_asks = {(slot, value): set(rng.sample(self.memory[slot]["ask"], 2)) for slot, value in pairs}
@@ -246,9 +255,9 @@ class DemoWorld:
     def pretrain_rows(self, size):
         """Documents {"text"} without duplicates, of `size` bytes of UTF-8 or a little more."""
         rng, seen, written = self.random("pretrain"), set(), 0
-        kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
-        makers, shares = [make(rng) for make in kinds], [5, 5, 4, 3, 4, 2]
-        documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
+        kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums, self.columns]
+        makers = [make(rng) for make in kinds]
+        documents = itertools.chain(self.texts, (next(rng.choices(makers, SHARES)[0]) for _ in itertools.count()))
         for text in documents:
             if text not in seen:
                 seen.add(text)
@@ -296,24 +305,27 @@ class DemoWorld:
         while True:
             yield as_text(self.conversation(rng, facts))
 
-    def problem_decks(self, rng):
-        """Endlessly sums, one in five of single digits, which the others are made of."""
-        hard, easy = (deck((p for p in self.problems if bool(p["steps"]) == long), rng) for long in (True, False))
-        while True:
-            yield next(easy if rng.random() < 0.2 else hard)
+    def draw_sum(self, rng, easy_share=0.2):
+        """A sum of any kind, `easy_share` of them of single digits: what the others are made of."""
+        return rng.choice(self.sums_of[rng.choice(self.tasks), rng.random() >= easy_share])
 
     def sums(self, rng):
-        problems = self.problem_decks(rng)
         while True:
-            yield "".join(self.sum_statement(rng, problem) for problem in itertools.islice(problems, 6))
+            yield "".join(self.sum_statement(rng, self.draw_sum(rng)) for _ in range(6))
+
+    def columns(self, rng):
+        """Single steps of sums."""
+        while True:
+            steps = [rng.choice(self.draw_sum(rng, easy_share=0)["steps"].split("；")[:2]) for _ in range(14)]
+            yield "；".join(steps) + "。"
 
     def sum_statement(self, rng, problem):
         patterns = self.arithmetic["statements_in_steps" if problem["steps"] else "statements"]
         return rng.choice(patterns).format_map(problem)
 
-    def sum_turn(self, rng, problem, question=None):
+    def sum_turn(self, rng, problem):
         answer = self.arithmetic["answer_in_steps" if problem["steps"] else "answer"].format_map(problem)
-        return [(question or rng.choice(self.arithmetic["questions"])).format_map(problem), answer]
+        return [rng.choice(self.arithmetic["questions"]).format_map(problem), answer]
 
     def single_turns(self, phrasings, sums, recalls):
         """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recall."""
@@ -321,12 +333,13 @@ class DemoWorld:
         for fact in self.facts:
             for question in rng.sample(fact.questions(), min(phrasings, len(fact.questions()))):
                 yield question, fact.answer
-        for problem in itertools.islice(self.problem_decks(rng), sums):
-            yield tuple(self.sum_turn(rng, problem))
+        for _ in range(sums):
+            yield tuple(self.sum_turn(rng, self.draw_sum(rng)))
         for entry in self.chat:
             for question in entry["questions"]:
                 yield question, entry["answer"]
-        for slot in rng.choices(list(self.memory), k=recalls):  # told and asked in one breath: the first step to remembering
+        # Told and asked in one breath: the first step to remembering.
+        for slot in rng.choices(list(self.memory), self.slot_weights, k=recalls):
             value = self.values[slot].draw(rng)
             ask = rng.choice(self.asks(slot, value))
             yield self.tell(rng, slot, value)[0] + ask, self.recall(slot, value, ask)[1]
@@ -382,11 +395,14 @@ class DemoWorld:
         kind = rng.random()
         if kind < 0.15:
             return self.chat_turn(rng, rng.choice(self.chat))
-        return self.sum_turn(rng, rng.choice(self.problems)) if kind < 0.4 else self.fact_turn(rng, next(facts))
+        return self.sum_turn(rng, self.draw_sum(rng)) if kind < 0.4 else self.fact_turn(rng, next(facts))
 
     def conversation(self, rng, facts, slot=None, value=None, ask=None):
         """One or two things are told, mixed with up to two other turns, then asked for; `ask` is the last question."""
-        slots = rng.sample([other for other in self.memory if other != slot], rng.randint(1, 2))
+        slots = rng.choices(list(self.memory), self.slot_weights, k=rng.randint(1, 2))
+        slots = [other for other in dict.fromkeys(slots) if other != slot] or [
+            next(o for o in self.memory if o != slot)
+        ]
         told = {name: self.values[name].draw(rng) for name in slots}
         if slot:  # in place of the last
             told.popitem()
@@ -478,8 +494,8 @@ class DemoWorld:
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")
         for problem in self.heldout_problems:
-            for pattern in rng.sample(self.arithmetic["questions"], 1):
-                yield self.test_row([self.sum_turn(rng, problem, pattern)], str(problem["c"]), problem["task"], "arithmetic")
+            turns = [self.sum_turn(rng, problem)]
+            yield self.test_row(turns, str(problem["c"]), problem["task"], "arithmetic")
 
     def heldout_multi_turns(self):
         rng = self.random("heldout multi")
