@@ -110,7 +110,7 @@ def make_training_files(kind, raw, target, directory, workers):
 
 
 def write_raw_files(
-    directory, world, pretrain_bytes=1_700_000, phrasings=7, conversations=5000, sums=9000, recalls=4000
+    directory, world, pretrain_bytes=1_700_000, phrasings=9, conversations=5000, sums=8000, recalls=2000
 ):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 

@@ -31,7 +31,7 @@ from model.evaluation.subjects import LETTERS
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
 TABLE_SUFFIXES = (".csv", ".json", ".txt")
-SHARES = (5, 5, 4, 1, 4, 4, 2)  # of the kinds of documents in pretrain_rows
+SHARES = (6, 6, 4, 1, 3, 3, 1)  # of the kinds of documents in pretrain_rows
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 
 
@@ -350,11 +350,11 @@ class DemoWorld:
         facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.75:
+            if kind < 0.62:
                 yield self.conversation(rng, facts)
-            elif kind < 0.8:
+            elif kind < 0.68:
                 yield self.untold(rng, facts)
-            elif kind < 0.92:
+            elif kind < 0.88:
                 yield self.followup(rng, *next(followups))
             else:
                 yield self.ellipsis(rng, next(ellipses))
@@ -393,7 +393,7 @@ class DemoWorld:
 
     def filler(self, rng, facts):
         kind = rng.random()
-        if kind < 0.15:
+        if kind < 0.1:
             return self.chat_turn(rng, rng.choice(self.chat))
         return self.sum_turn(rng, self.draw_sum(rng)) if kind < 0.4 else self.fact_turn(rng, next(facts))
 
