@@ -57,7 +57,7 @@ def main():
     device = start(settings)
     on_all(lambda: data_files(args.data_path, "sft"))
     if args.save_peft:
-        refuse_existing([args.save_peft], args.overwrite or args.resume)
+        refuse_existing([args.save_peft], args.overwrite or args.resume or args.dry_run)
         check_peft_folder(args.save_peft)
     base = args.init_from or find_checkpoint(args.out_dir, STAGE.parents, requested_config(shape), "--init_from")
     tokenizer = load_tokenizer(args.tokenizer_path, base)

@@ -21,8 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model.cli import positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
 
-FLOAT, HALF = 4, 2  # bytes
-TOKENS = 53  # of the count: a prime, which no matrix's size is a multiple of
 LETTERS_PER_TOKEN = 1.29  # of prose, by the tokenizer of 6,400 words (README)
 UTF8 = 3  # bytes of a Chinese character
 
@@ -72,79 +70,25 @@ def shapes(args):
         raise UserError(f"--shape, --preset: {error}", exit_code=2) from None
 
 
-def kept_for_backward(function):
-    """Bytes for each of TOKENS tokens that autograd keeps of what `function` computes, weights not counted."""
-    import torch
-
-    kept = {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().nbytes() % TOKENS == 0:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = function()
-        size = sum(storage.nbytes() for storage in kept.values())
-    del output
-    return size / TOKENS
-
-
-def bytes_per_token(config):
-    """(of one block, of embedding, last norm and loss) that autograd keeps for each token, in bfloat16 autocast."""
-    import torch
-
-    from model.LMConfig import LMConfig
-    from model.model import Transformer
-
-    model = Transformer(LMConfig(**{**config.to_dict(), "n_layers": 1})).train()
-    x, ids = torch.randn(1, TOKENS, config.dim, requires_grad=True), torch.arange(TOKENS)[None] % config.vocab_size
-    with torch.autocast("cpu", torch.bfloat16):
-        rotary = model.rotary_table(TOKENS, x.device)[:, None]
-        block = kept_for_backward(lambda: model.layers[0](x, rotary, None, None, None))
-        whole = kept_for_backward(lambda: model(ids, labels=ids, return_logits=False).loss)
-    return block, max(0, whole - block)
-
-
-def memory(parameters, block, processes, stage):
-    """{what: bytes on each rank}: `parameters` in all, `block` of them in the largest piece that ZeRO 3 brings together."""
-    part = parameters / processes
-    if stage == 0:
-        return dict(
-            weights=FLOAT * parameters,
-            copies=HALF * parameters,
-            gradients=FLOAT * parameters,
-            optimizer=2 * FLOAT * parameters,
-        )
-    held = dict(weights=FLOAT * parameters, copies=HALF * parameters, gradients=FLOAT * parameters)
-    if stage >= 2:
-        held["gradients"] = FLOAT * part
-    if stage == 3:
-        held.update(weights=FLOAT * (part + 2 * block), copies=HALF * 2 * block)
-    return {**held, "optimizer": 3 * FLOAT * part}  # both moments, and the weights that they move
-
-
-def network(parameters, stage):
-    """Bytes that each rank sends for a step, where there are many: a sum over all is two passes over what is added."""
-    return (3 if stage == 3 else 2) * FLOAT * parameters
-
-
 def costs(args, config):
     """What one shape costs, as main() prints it."""
-    import torch
-
-    from model.model import Transformer
+    from model.training.costs import (
+        FLOAT,
+        HALF,
+        activations,
+        bytes_per_token,
+        largest_piece,
+        memory,
+        meta_model,
+        network,
+    )
     from model.training.reports import count_parameters, flops_per_token
 
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = meta_model(config)
     parameters, working = count_parameters(model)
-    block = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
-    block = max(block, model.tok_embeddings.weight.numel())
-    of_block, of_ends = bytes_per_token(config)
-    tokens = args.batch_size * args.max_seq_len
-    plain = tokens * (config.n_layers * of_block + of_ends)
-    checkpointed = tokens * (config.n_layers * FLOAT * config.dim + of_block + of_ends)
+    block, tokens = largest_piece(model), args.batch_size * args.max_seq_len
+    kept = activations(config, tokens)
+    plain, checkpointed = kept["blocks"] + kept["ends"], kept["inputs"] + kept["block"] + kept["ends"]
     corpus = args.characters / LETTERS_PER_TOKEN if args.characters else 20 * parameters
     seconds = corpus * flops_per_token(model, args.max_seq_len) / (args.peak_tflops * 1e12 * args.mfu)
     ranks = {}
@@ -161,7 +105,7 @@ def costs(args, config):
         checkpoint=FLOAT * parameters, training_state=3 * FLOAT * parameters,
     )  # fmt: skip
     return dict(
-        parameters=parameters, working=working, tokens=corpus, kilobytes_per_token_and_block=round(of_block / 1e3, 1),
+        parameters=parameters, working=working, tokens=corpus, kilobytes_per_token_and_block=round(bytes_per_token(config)[0] / 1e3, 1),
         ranks=ranks, storage_gb={name: gigabytes(size) for name, size in storage.items()},
     )  # fmt: skip
 

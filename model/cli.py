@@ -53,15 +53,15 @@ def add_flags(parser, settings, title, leave_out=(), **defaults):
 
 
 def checked(kind, limits):
-    """argparse type: a value of `kind` within `limits` (see violation)."""
+    """argparse type: a value of `kind`, or the one `word`, within `limits` (see violation)."""
 
     def parse(text):
-        value = kind(text)
+        value = text if text == limits.get("word") else kind(text)
         if problem := violation(value, **limits):
             raise argparse.ArgumentTypeError(f"{problem}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = f"{limits['word']} or {kind.__name__}" if "word" in limits else kind.__name__
     return parse
 
 

@@ -11,11 +11,14 @@ from model.errors import UserError
 
 PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+AUTO = "auto"  # as a batch size: what fits
+ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
 
 
 def flag(default, help, kind=None, **limits):
     """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, most,
-    below, choices, metavar, alone (the value of the flag without one). `{default}` in `help` shows the default."""
+    below, choices, metavar, alone (the value of the flag without one), word (the only value that is no number). `{default}`
+    in `help` shows the default."""
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
 
@@ -31,8 +34,10 @@ class Checked:
                 raise UserError(f"--{field.name}: {problem}, got {value!r}", exit_code=2)
 
 
-def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None, alone=None):
+def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None, alone=None, word=None):
     """What is wrong with `value`, None if nothing."""
+    if word and isinstance(value, str):
+        return None if value == word else f"must be {word} or a number of at least {least}"
     if choices:
         return None if value in choices else f"choose one of {', '.join(choices)}"
     if isinstance(value, (int, float)) and value > most:
@@ -104,13 +109,23 @@ class TrainingSettings(Checked):
         float,
         least=0.001,
     )
+    dry_run: bool = flag(
+        False, "measure three steps and tell what the run would need: memory, data, time; write nothing"
+    )
     stop_after: int = flag(
         None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP"
     )
-    batch_size: int = flag(
-        None, "rows per forward pass of a process (default: 64 on a GPU, 8 elsewhere, over all processes)", int, least=1
+    batch_size: int | str = flag(
+        None,
+        "rows per forward pass of a process; auto: as many as the GPU has room for (default: 64 on a GPU, 8 elsewhere, "
+        "over all processes)",
+        int,
+        least=1,
+        word=AUTO,
     )
-    accumulation_steps: int = flag(1, "forward passes per step (default: {default})", least=1)
+    accumulation_steps: int = flag(
+        None, "forward passes per step (default: 1; with --batch_size auto what makes a step of 64 rows)", int, least=1
+    )
     learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     embedding_rate_factor: float = flag(
@@ -212,22 +227,28 @@ class TrainingSettings(Checked):
             raise UserError("--sample_prompts: needs --sample_interval, which says how often", exit_code=2)
         if self.fsdp and self.deepspeed is not None:
             raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
+        if self.batch_size == AUTO and (self.fsdp or self.deepspeed is not None):
+            problem = "trying what fits is for GPUs that hold the whole model, not for --deepspeed or --fsdp"
+            raise UserError(f"--batch_size auto: {problem}; give a number", exit_code=2)
 
     def resolved(self, device, world_size):
         """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
         Muon's learning rate, the share of short rows.
 
-        However many ranks share the rows of an open batch size, batches and steps are those of one process. Raises
-        UserError where they cannot be shared evenly.
+        However many ranks share the rows of an open batch size, batches and steps are those of one process. "auto" is the
+        default where there is no GPU; on one it stays, as does open accumulation (see training.batch_size). Raises
+        UserError where rows cannot be shared evenly.
         """
-        batch_size = self.batch_size
-        if batch_size is None:
-            rows = 64 if device.type == "cuda" else 8
+        batch_size, accumulation = self.batch_size, self.accumulation_steps
+        trying = batch_size == AUTO and device.type == "cuda"
+        if batch_size in (None, AUTO) and not (trying and accumulation):
+            rows = ROWS_OF_A_STEP if device.type == "cuda" else 8
             if rows % world_size:
                 problem = f"the {rows} rows of a forward pass cannot be shared evenly by {world_size} processes"
                 way_out = "give --batch_size, rows of one process, and --accumulation_steps, or start fewer processes"
                 raise UserError(f"--batch_size: {problem}; {way_out}")
-            batch_size = rows // world_size
+            if not trying:
+                batch_size = rows // world_size
         muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
         share = self.short_rows_share
         if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
@@ -235,6 +256,7 @@ class TrainingSettings(Checked):
         return dataclasses.replace(
             self,
             batch_size=batch_size,
+            accumulation_steps=accumulation or (None if trying else 1),
             optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
             muon_learning_rate=muon,
             short_rows_share=share,

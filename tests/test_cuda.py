@@ -1,6 +1,7 @@
 """What only a GPU can show; all of it is skipped without one."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from model.inference.engine import Engine
 from model.LMConfig import LMConfig
 from model.model import MOEFeedForward, Transformer
 from model.settings import SamplingParameters, TrainingSettings
+from model.training.batch_size import largest_that_fits
 from model.training.cpu_kernels import ChunkedCrossEntropy
 from model.training.strategy import DataParallel
 
@@ -75,6 +77,36 @@ def test_ddp_on_one_gpu_equals_no_ddp(monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [[], ["--dtype", "float16"], ["--gradient_checkpointing"]])
+def test_auto_batch_size_is_a_divisor_of_the_step_and_the_run_is_that_of_the_number(words, tmp_path, extra):
+    position = words.index("--batch_size")
+    words = [*words[:position], *words[position + 2 :], "--max_seq_len", 512, "--dim", 512, "--n_heads", 8, *extra]
+    process = run_script(*words, "--batch_size", "auto", "--out_dir", tmp_path / "auto", timeout=400)
+    assert process.returncode == 0, process.stderr
+    rows, accumulation = map(int, re.search(r"auto: (\d+) rows .*--accumulation_steps (\d+);", process.stdout).groups())
+    assert rows * accumulation == 64 and re.search(r"at most [\d.]+ GB at once of [\d.]+ GB", process.stdout)
+    numbers = ["--batch_size", rows, "--accumulation_steps", accumulation]
+    assert run_script(*words, *numbers, "--out_dir", tmp_path / "given", timeout=400).returncode == 0
+    logs = [(tmp_path / name / "logs/pretrain_512.jsonl").read_text().splitlines() for name in ("auto", "given")]
+    losses = [[record["loss"] for record in map(json.loads, log) if "loss" in record] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_search_meets_the_end_of_the_memory_and_gives_all_of_it_back():
+    """Rows of a hundredth of what is free: 100 cannot fit, half of them do."""
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+
+    def try_rows(rows):
+        torch.cuda.empty_cache()
+        return [torch.empty(free // 100, dtype=torch.uint8, device=device) for _ in range(rows)][0].nbytes
+
+    assert 50 <= largest_that_fits(try_rows, 128) < 100
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info(device)[0] > 0.95 * free
 
 
 def test_the_two_ways_of_the_experts_agree():

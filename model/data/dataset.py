@@ -6,6 +6,7 @@ because nothing predicts the first token, so (labels != -100).sum() is the numbe
 id 0, label -100, mask 0.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -128,7 +129,8 @@ class SFTDataset:
     """Conversations in the turn format, one a row, labels on every assistant turn and its </s> (or the last only).
 
     Indexed as PretrainDataset; a batch is as wide as its longest row, or up to a sixteenth wider (batch_width).
-    Attributes: lengths (int array, tokens of each row), num_tokens, report (of the whole file), fingerprint.
+    Attributes: lengths (int array, tokens of each row), num_tokens, num_targets (learned tokens; the first look counts them),
+    report (of the whole file), fingerprint.
     """
 
     def __init__(self, cache, part, last_turn_only):
@@ -138,6 +140,10 @@ class SFTDataset:
         self.rows = np.flatnonzero(part & (np.asarray(cache.row_lengths) > 0)).astype(np.int32)
         self.lengths = cache.row_lengths[self.rows]
         self.num_tokens = int(self.lengths.sum())
+
+    @functools.cached_property
+    def num_targets(self):
+        return _count_learned(self.cache, self.cache.row_ends[self.rows], self.lengths, self.supervised_from)
 
     def __len__(self):
         return len(self.lengths)
@@ -157,7 +163,7 @@ class PreferenceDataset:
     in the same order, those with the rejected ones; labels are on that last answer and its </s> alone.
 
     Attributes: lengths (int array, tokens of the longer side of each pair), longer_is_chosen (share of pairs, equal ones
-    count half), num_tokens, report (of the whole file), fingerprint.
+    count half), num_tokens, num_targets (of the answers; the first look counts them), report (of the whole file), fingerprint.
     """
 
     def __init__(self, cache, part):
@@ -167,6 +173,11 @@ class PreferenceDataset:
         chosen, rejected = cache.chosen_lengths[self.rows], cache.rejected_lengths[self.rows]
         self.lengths, self.num_tokens = np.maximum(chosen, rejected), int(chosen.sum() + rejected.sum())
         self.longer_is_chosen = float(np.mean((np.sign(chosen - rejected) + 1) / 2)) if len(self.rows) else None
+
+    @functools.cached_property
+    def num_targets(self):
+        both = self.cache.chosen_lengths[self.rows] + self.cache.rejected_lengths[self.rows]
+        return _count_learned(self.cache, self.cache.row_ends[self.rows], both, supervised_from=2)
 
     def __len__(self):
         return len(self.lengths)
@@ -184,10 +195,24 @@ class PreferenceDataset:
 
 def _conversations(cache, stops, lengths, width, supervised_from):
     """Batch of the rows of a cache that end at `stops` and have these lengths."""
-    positions = np.concatenate([np.arange(stop - length, stop) for stop, length in zip(stops, lengths)])
+    positions = _positions(stops, lengths)
     input_ids = cache.tokens[positions].astype(np.int64)
     labels = np.where(cache.mask[positions] >= supervised_from, input_ids, IGNORED)
     return _batch(input_ids, labels, lengths, width)
+
+
+def _positions(stops, lengths):
+    """Places in a cache of the tokens of rows that end at `stops` and have these lengths, row after row."""
+    return np.repeat(stops - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+
+
+def _count_learned(cache, stops, lengths, supervised_from):
+    """How many tokens of these rows of a cache are learned, counted in blocks of rows to save memory."""
+    total = 0
+    for start in range(0, len(stops), 10_000):
+        block = slice(start, start + 10_000)
+        total += int((cache.mask[_positions(stops[block], lengths[block])] >= supervised_from).sum())
+    return total
 
 
 def batch_width(length):

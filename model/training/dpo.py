@@ -235,6 +235,11 @@ class PreferenceTrainer(Trainer):
 
     items_seen = "pairs_seen"
 
+    @property
+    def parameters_beside(self):
+        """Those of the reference."""
+        return sum(parameter.numel() for parameter in self.loss_function.reference.parameters())
+
     def measure(self, batch):
         """(pairs, rows, real tokens, 0, T): the loss is divided by pairs."""
         mask, (rows, length) = batch.get("attention_mask"), batch["labels"].shape

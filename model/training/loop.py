@@ -29,8 +29,9 @@ from model.data.loader import BatchLoader, ResumableSampler
 from model.device import autocast, peak_memory, select_device, select_dtype
 from model.errors import FULL_DISK, UserError, command_line, warn
 from model.files import locked
+from model.settings import AUTO
 from model.tokenizer import tokenizer_hash
-from model.training import ranks, resume
+from model.training import batch_size, dry_run, ranks, resume
 from model.training.optimizer import make_schedule
 from model.training.reference import Expectation, describe_run
 from model.training.reports import (
@@ -158,6 +159,7 @@ class Trainer:
     """
 
     items_seen = "supervised_tokens_seen"  # what the .json calls the number of items that losses were divided by
+    parameters_beside = 0  # frozen ones that the loss needs besides the model's
 
     def __init__(
         self, model, tokenizer, train, validation, settings, *, stage, parent=None, identity=None, metadata=None,
@@ -167,16 +169,18 @@ class Trainer:
         ranks.check_same_data(train.fingerprint, validation.fingerprint)
         self.metadata = metadata or {}
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
-        self.settings = settings = settings.resolved(self.device, ranks.world_size())
+        asked, self.settings = settings, settings.resolved(self.device, ranks.world_size())
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
-        strategy = working_by(settings, self.device, self.dtype, strategy)
-        self.strategy = strategy(model, settings, self.device, self.dtype, dynamic=train.lengths is not None)
+        strategy = working_by(self.settings, self.device, self.dtype, strategy)
+        self.strategy = strategy(model, self.settings, self.device, self.dtype, dynamic=train.lengths is not None)
+        if asked.batch_size == AUTO:
+            self.settings = batch_size.choose(self, asked, train)
         self.train_loader, self.validation_loader = self.make_loader(train), self.make_loader(validation)
         self.validation_start = self.validation_loader.state_dict()
         self.peak_flops = peak_flops(self.device, self.dtype)
         self.byte_lengths, self.tokenizer_hash = token_byte_lengths(tokenizer), tokenizer_hash(tokenizer)
-        self.schedule = make_schedule(settings, self.steps_per_epoch)
-        self.short_rows = short_rows(settings, model.config.max_seq_len)
+        self.schedule = make_schedule(self.settings, self.steps_per_epoch)
+        self.short_rows = short_rows(self.settings, model.config.max_seq_len)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
         self.run_name = run_name(self.path.relative_to(settings.out_dir))
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
@@ -278,11 +282,15 @@ class Trainer:
 
     def train(self):
         """Train up to the last step, saving on the way; returns whether it was reached, False after --stop_after steps,
-        SIGINT, SIGTERM or SIGHUP.
+        SIGINT, SIGTERM or SIGHUP. With --dry_run it tells what that would need instead, and writes nothing.
 
         Raises UserError for a checkpoint that would be replaced without --overwrite, another run that writes the same
-        one, a loss that is not finite (before it reaches the weights), and a GPU or a disk that is full.
+        one, --max_minutes too short for three steps, a loss that is not finite (before it reaches the weights), and a GPU or
+        a disk that is full.
         """
+        if self.settings.dry_run:
+            dry_run.tell(self)
+            return False
         state = self.state
         for path in (self.path, resume_path(self.path)):
             if path.exists() and state.saved_step is None and not self.settings.overwrite:
@@ -350,9 +358,16 @@ class Trainer:
             if not self.train_step(batches, window):
                 self.leave(before, window)
                 return
-            window["seconds"] += time.perf_counter() - clock
+            took = time.perf_counter() - clock
+            window["seconds"] += took
             if not (settings.compile and state.step == state.first_step + 1):  # compilation is no training
-                state.train_seconds += time.perf_counter() - clock
+                state.train_seconds += took
+            if state.step == 2 and not state.first_step and settings.max_minutes is not None:
+                try:  # before anything is saved
+                    self.check_minutes(state.train_seconds + took)
+                except UserError:
+                    self.log.discard()
+                    raise
             self.log.advance()
             done = state.finished or state.stopping or self.stop_is_due
             if state.step % settings.log_interval == 0 or done or state.step == state.first_step + 1:
@@ -360,7 +375,8 @@ class Trainer:
                 window.clear()
             if (state.step % settings.eval_interval == 0 and not state.stopping) or state.finished:
                 self.validate()
-            if state.step % settings.save_interval == 0 or done:
+            too_early = state.step == 1 and settings.max_minutes is not None  # see check_minutes
+            if done or (state.step % settings.save_interval == 0 and not too_early):
                 self.save()
             self.samples.take_if_due()
             if done:
@@ -368,6 +384,15 @@ class Trainer:
                 return
             clock = time.perf_counter()
             state.steady_since = state.steady_since or clock
+
+    def check_minutes(self, seconds):
+        """UserError where three steps of a run that begins, which take `seconds` here, do not fit into --max_minutes."""
+        seconds = ranks.sum_over_ranks([seconds])[0] / ranks.world_size()  # all ranks follow one clock
+        if seconds > self.schedule.seconds:
+            given, least = self.settings.max_minutes, math.ceil(1100 * seconds / 60) / 1000
+            problem = f"is less than three steps take here, {seconds:.3g} s"
+            way_out = f"give {least:g} or more, or choose a smaller --preset or --accumulation_steps"
+            raise UserError(f"--max_minutes {given:g}: {problem}; {way_out}")
 
     def leave(self, before, window):
         """Go back to the start of a step that a request to stop has broken off, and save there."""

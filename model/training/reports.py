@@ -83,6 +83,11 @@ class RunLog:
             os.replace(self.current, self.path)
             self.current = self.path
 
+    def discard(self):
+        """As if this run, which began at step 0, had not been started: its file goes, an earlier run's stays."""
+        if self.active:
+            self.current.unlink(missing_ok=True)
+
     def close(self):
         if self.bar is not None:
             self.bar.close()

@@ -16,6 +16,7 @@ from model.training import ranks
 
 STEPS_FLAG = "--epochs or --max_steps (in steps)"
 SCHEDULE_FLAGS = (STEPS_FLAG, "--max_minutes")
+STEP_ROWS_FLAG = "the rows of a step (--batch_size x --accumulation_steps x processes)"
 PASSED_ON = 3.0
 MEMORY_FLAGS = ("--deepspeed", "--zero_stage", "--offload", "--fsdp", "--gradient_checkpointing")
 FREE_FLAGS = (
@@ -73,7 +74,7 @@ def trajectory(trainer, data, identity):
         "--data_path (its contents)": data,
         "--tokenizer_path (its contents)": trainer.tokenizer_hash,
         "--max_seq_len": config.max_seq_len,
-        "the rows of a step (--batch_size x --accumulation_steps x processes)": rows,
+        STEP_ROWS_FLAG: rows,
         **{f"--{name}": getattr(settings, name) for name in ("seed", "optimizer")},
         **{f"the model's {name}": getattr(config, name) for name in CONFIG_FIELDS if name not in FREE_FIELDS},
         **identity,
