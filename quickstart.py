@@ -25,18 +25,24 @@ MODEL = "--preset minimind-tiny"
 # Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Small batches: with few tokens
 # to see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came before.
 RECIPE = {
-    "pretrain": ("pretrain", "pretrain_data.csv", "--optimizer muon --learning_rate 3e-3 --epochs 1 --batch_size 8"),
+    "pretrain": (
+        "pretrain", "pretrain_data.csv", "--learning_rate 3e-3 --embedding_rate_factor 2 --epochs 1 --batch_size 4",
+    ),
     "single_chat/full_sft": (
-        "single_chat/full_sft", "sft_data_single.csv", "--optimizer muon --learning_rate 2e-3 --epochs 2 --batch_size 32",
+        "single_chat/full_sft", "sft_data_single.csv",
+        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 850 --batch_size 24",
     ),
     "multi_chat/full_sft": (
-        "multi_chat/full_sft", "sft_data.csv", "--optimizer muon --learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
+        "multi_chat/full_sft", "sft_data.csv",
+        "--learning_rate 1.3e-3 --embedding_rate_factor 1 --epochs 1 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
-        "--lora_name identity --lora_rank 16 --lora_alpha 16 --optimizer adamw --learning_rate 1e-3 --epochs 2 --batch_size 8",
+        "--lora_name identity --lora_rank 16 --lora_alpha 16 --learning_rate 2e-3 --epochs 2 --batch_size 16",
     ),
-    "dpo": ("dpo", "dpo/train_data.json", "--optimizer muon --learning_rate 1e-4 --sft_weight 0.1 --epochs 1 --batch_size 16"),
+    "dpo": (
+        "dpo", "dpo/train_data.json", "--learning_rate 1.5e-4 --sft_weight 0.1 --max_steps 48 --batch_size 16",
+    ),
 }  # fmt: skip
 
 

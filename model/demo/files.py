@@ -110,13 +110,14 @@ def make_training_files(kind, raw, target, directory, workers):
 
 
 def write_raw_files(
-    directory, world, pretrain_bytes=1_700_000, phrasings=9, conversations=5000, sums=8000, recalls=2000
+    directory, world, pretrain_bytes=1_700_000, phrasings=9, conversations=5400, sums=8000, recalls=3500
 ):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 
     pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi, sft_identity: instruction
-    rows (deepctrl), `phrasings` questions for each fact, `conversations` conversations, and the new name among some of
-    both. dpo: a JSON list (Huozi).
+    rows (deepctrl): single ones are `phrasings` questions for each fact, `sums` sums and `recalls` questions about what was
+    said just before (a little less where some are equal), then `conversations` conversations, and the new name among
+    some of both. dpo: a JSON list (Huozi).
     """
     singles = [[pair] for pair in world.single_turns(phrasings, sums, recalls)]
     world.random("order").shuffle(singles)
@@ -143,9 +144,9 @@ def instruction_row(number, turns):
 def write_heldout(directory, world):
     """Write the held-out tests into `directory`/heldout and return {name: path}.
 
-    facts, multi_turn, identity, arithmetic (.jsonl): {history, q, a, answer, task, category, entity, others}, and
-    cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
-    dpo.json: [{prompt, chosen, rejected}].
+    facts, multi_turn, identity, arithmetic, unseen_names, unseen_values (.jsonl): {history, q, a, answer, task, category,
+    entity, others}, and cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py.
+    pretrain.csv: column text. dpo.json: [{prompt, chosen, rejected}].
     """
     paths = [write_rows(Path(directory) / name, rows(world)) for name, rows in HELDOUT_FILES.items()]
     return {path.stem: path for path in paths}

@@ -5,10 +5,11 @@ about and in which words. From these, DemoWorld makes for every stage what it tr
 and what it is tested on, of which no question, pair or text is trained on in that stage:
 
     stage              trained on                                  held out
-    pretraining        statements, dialogues, stories              other sentence patterns (pretrain.csv, cloze.jsonl)
-    SFT, single turn   8 or more phrasings of each question        other phrasings (facts.jsonl), other operands
+    pretraining        statements, dialogues, stories, sums        other sentence patterns (pretrain.csv, cloze.jsonl)
+    SFT, single turn   all phrasings of each question, sums        other phrasings (facts.jsonl), other pairs of numbers
                                                                    (arithmetic.jsonl)
-    SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
+    SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl); names, numbers and
+                                                                   places that are in no training text (unseen_*.jsonl)
     LoRA               a new name, and a part of the above         other phrasings (identity.jsonl)
     preferences        4 facts in 5                                the fifth (dpo.json), whose right answers SFT has taught
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
@@ -200,13 +201,13 @@ class DemoWorld:
         self.followups, self.heldout_followups = (
             [(first, second) for second in part for first in self.siblings(second)] for part in parts
         )
-        # {(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told.
-        rng = self.random("memory")
         known_text = "".join(read_text(path) for path in sorted(directory.iterdir()) if path.suffix in TABLE_SUFFIXES)
         self.values = {
-            slot: Values(f"{directory / 'memory.json'}: {slot}", words, known_text, rng)
+            slot: Values(f"{directory / 'memory.json'}: {slot}", words, known_text, self.random(f"values of {slot}"))
             for slot, words in self.memory.items()
         }
+        # {(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told.
+        rng = self.random("memory")
         pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
         self.heldout_asks = {(slot, value): set(rng.sample(self.memory[slot]["ask"], 2)) for slot, value in pairs}
 
@@ -350,11 +351,11 @@ class DemoWorld:
         facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.62:
+            if kind < 0.7:
                 yield self.conversation(rng, facts)
-            elif kind < 0.68:
+            elif kind < 0.75:
                 yield self.untold(rng, facts)
-            elif kind < 0.88:
+            elif kind < 0.9:
                 yield self.followup(rng, *next(followups))
             else:
                 yield self.ellipsis(rng, next(ellipses))

@@ -1,5 +1,6 @@
 """Values made for the occasion: new ones nearly every time, and those of the test nowhere in training."""
 
+import json
 import random
 
 import pytest
@@ -65,9 +66,18 @@ def world():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, world):
-    return "\n".join(
-        path.read_text("utf-8") for path in write_raw_files(tmp_path_factory.mktemp("raw"), world).values()
-    )
+    """All that training shows, without the numbers of the rows."""
+    paths = write_raw_files(tmp_path_factory.mktemp("raw"), world)
+    rows = json.loads(paths.pop("dpo").read_text("utf-8"))
+    rows += [json.loads(line) for path in paths.values() for line in path.read_text("utf-8").splitlines()]
+    return "\n".join(text for row in rows for text in texts_in(row))
+
+
+def texts_in(value):
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in texts_in(part)]
 
 
 def value_of(world, row):
