@@ -346,19 +346,21 @@ class DemoWorld:
             yield self.tell(rng, slot, value)[0] + ask, self.recall(slot, value, ask)[1]
 
     def multi_turns(self, count):
-        """`count` conversations, lists of [question, answer]: recalling what was told, or asking on with less words."""
+        """`count` conversations, lists of [question, answer]: recalling what was told, asking on with less words, sums."""
         rng = self.random("multi")
         facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.7:
+            if kind < 0.68:
                 yield self.conversation(rng, facts)
-            elif kind < 0.75:
+            elif kind < 0.73:
                 yield self.untold(rng, facts)
-            elif kind < 0.9:
+            elif kind < 0.87:
                 yield self.followup(rng, *next(followups))
-            else:
+            elif kind < 0.96:
                 yield self.ellipsis(rng, next(ellipses))
+            else:
+                yield [self.sum_turn(rng, self.draw_sum(rng)) for _ in range(3)]
 
     def identity_conversations(self, taught, kept=1100, within_conversations=400):
         """Conversations, lists of [question, answer], that give the model another name: each question of identity.json
