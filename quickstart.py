@@ -25,18 +25,24 @@ MODEL = "--preset minimind-tiny"
 # Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Small batches: with few tokens
 # to see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came before.
 RECIPE = {
-    "pretrain": ("pretrain", "pretrain_data.csv", "--optimizer muon --learning_rate 3e-3 --epochs 1 --batch_size 8"),
+    "pretrain": (
+        "pretrain", "pretrain_data.csv", "--learning_rate 3e-3 --embedding_rate_factor 2 --epochs 1 --batch_size 4",
+    ),
     "single_chat/full_sft": (
-        "single_chat/full_sft", "sft_data_single.csv", "--optimizer muon --learning_rate 2e-3 --epochs 2 --batch_size 32",
+        "single_chat/full_sft", "sft_data_single.csv",
+        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 850 --batch_size 24",
     ),
     "multi_chat/full_sft": (
-        "multi_chat/full_sft", "sft_data.csv", "--optimizer muon --learning_rate 1.2e-3 --max_steps 460 --batch_size 16",
+        "multi_chat/full_sft", "sft_data.csv",
+        "--learning_rate 1.3e-3 --embedding_rate_factor 1 --epochs 1 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
-        "--lora_name identity --lora_rank 16 --lora_alpha 16 --optimizer adamw --learning_rate 1e-3 --epochs 2 --batch_size 8",
+        "--lora_name identity --lora_rank 16 --lora_alpha 16 --learning_rate 2e-3 --epochs 2 --batch_size 16",
     ),
-    "dpo": ("dpo", "dpo/train_data.json", "--optimizer muon --learning_rate 1e-4 --sft_weight 0.1 --epochs 1 --batch_size 16"),
+    "dpo": (
+        "dpo", "dpo/train_data.json", "--learning_rate 1.5e-4 --sft_weight 0.1 --max_steps 48 --batch_size 16",
+    ),
 }  # fmt: skip
 
 
@@ -228,9 +234,9 @@ def examine(args, progress):
     with_adapter = f" --lora {quoted(adapter)}"
     scores = {
         "single-turn": ask(single, "facts", "multi_turn", "arithmetic"),
-        "multi-turn": ask(multi, "facts", "multi_turn", "arithmetic", "identity"),
+        "multi-turn": ask(multi, "facts", "multi_turn", "arithmetic", "unseen_names", "unseen_values", "identity"),
         "+ adapter": ask(multi, "facts", "identity", more=with_adapter),
-        "DPO": ask(last, "facts", "multi_turn"),
+        "DPO": ask(last, "facts", "multi_turn", "arithmetic", "unseen_names", "unseen_values"),
     }
     preferences = records["dpo"]["validation"]["reward_accuracy"]
     likelier = "better one likelier"  # of the two answers of a held-out pair
@@ -263,6 +269,9 @@ def examine(args, progress):
         "facts_with_adapter": round(scores["+ adapter"]["facts"], 4),
         "preference_accuracy": round(preferences, 4),
         "facts_after_dpo": round(scores["DPO"]["facts"], 4),
+        "arithmetic_accuracy": round(scores["DPO"]["arithmetic"], 4),
+        "unseen_names_accuracy": round(scores["DPO"]["unseen_names"], 4),
+        "unseen_values_accuracy": round(scores["DPO"]["unseen_values"], 4),
         "exam_accuracy": round(ceval["accuracy"], 4),
         "pretrain_val_bpb": round(records["pretrain"]["validation_bits_per_byte"], 4),
         "seconds_train": round(seconds, 1),

@@ -63,7 +63,7 @@ for name in ("heldout", "dpo"):
     (folder / name).mkdir(parents=True, exist_ok=True)
 for name in ("pretrain_data.csv", "sft_data_single.csv", "sft_data.csv", "lora_identity.csv", "dpo/train_data.json"):
     (folder / name).write_text(pathlib.Path("source").read_text())
-for name in ("facts", "arithmetic", "multi_turn", "identity"):
+for name in ("facts", "arithmetic", "multi_turn", "identity", "unseen_names", "unseen_values"):
     (folder / "heldout" / f"{name}.jsonl").write_text("{}")
 """
 

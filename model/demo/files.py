@@ -42,6 +42,8 @@ HELDOUT_FILES = {
     "heldout/multi_turn.jsonl": DemoWorld.heldout_multi_turns,
     "heldout/identity.jsonl": DemoWorld.heldout_identity,
     "heldout/arithmetic.jsonl": DemoWorld.heldout_arithmetic,
+    "heldout/unseen_names.jsonl": DemoWorld.heldout_names,
+    "heldout/unseen_values.jsonl": DemoWorld.heldout_values,
     "heldout/cloze.jsonl": DemoWorld.cloze,
     "heldout/pretrain.csv": DemoWorld.heldout_texts,
     "heldout/dpo.json": lambda world: world.preferences(world.heldout_preferred, "heldout preferences"),
@@ -107,14 +109,17 @@ def make_training_files(kind, raw, target, directory, workers):
     return report
 
 
-def write_raw_files(directory, world, pretrain_bytes=2_200_000, phrasings=8, conversations=5000):
+def write_raw_files(
+    directory, world, pretrain_bytes=1_700_000, phrasings=9, conversations=5400, sums=8000, recalls=3500
+):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 
     pretrain: {"text"} a line, `pretrain_bytes` bytes of text (Seq-Monkey). sft_single, sft_multi, sft_identity: instruction
-    rows (deepctrl), `phrasings` questions for each fact, `conversations` conversations, and the new name among some of
-    both. dpo: a JSON list (Huozi).
+    rows (deepctrl): single ones are `phrasings` questions for each fact, `sums` sums and `recalls` questions about what was
+    said just before (a little less where some are equal), then `conversations` conversations, and the new name among
+    some of both. dpo: a JSON list (Huozi).
     """
-    singles = [[pair] for pair in world.single_turns(phrasings)]
+    singles = [[pair] for pair in world.single_turns(phrasings, sums, recalls)]
     world.random("order").shuffle(singles)
     several = list(world.multi_turns(conversations))
     corpora = {
@@ -139,9 +144,9 @@ def instruction_row(number, turns):
 def write_heldout(directory, world):
     """Write the held-out tests into `directory`/heldout and return {name: path}.
 
-    facts, multi_turn, identity, arithmetic (.jsonl): {history, q, a, answer, task, category, entity, others}, and
-    cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py. pretrain.csv: column text.
-    dpo.json: [{prompt, chosen, rejected}].
+    facts, multi_turn, identity, arithmetic, unseen_names, unseen_values (.jsonl): {history, q, a, answer, task, category,
+    entity, others}, and cloze.jsonl: {prompt, answer, task, category, others}, see model/evaluation/scoring.py.
+    pretrain.csv: column text. dpo.json: [{prompt, chosen, rejected}].
     """
     paths = [write_rows(Path(directory) / name, rows(world)) for name, rows in HELDOUT_FILES.items()]
     return {path.stem: path for path in paths}

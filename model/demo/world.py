@@ -5,10 +5,11 @@ about and in which words. From these, DemoWorld makes for every stage what it tr
 and what it is tested on, of which no question, pair or text is trained on in that stage:
 
     stage              trained on                                  held out
-    pretraining        statements, dialogues, stories              other sentence patterns (pretrain.csv, cloze.jsonl)
-    SFT, single turn   8 or more phrasings of each question        other phrasings (facts.jsonl), other operands
+    pretraining        statements, dialogues, stories, sums        other sentence patterns (pretrain.csv, cloze.jsonl)
+    SFT, single turn   all phrasings of each question, sums        other phrasings (facts.jsonl), other pairs of numbers
                                                                    (arithmetic.jsonl)
-    SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl)
+    SFT, multi-turn    what was told x how it is asked, 3 in 4     the other pairs (multi_turn.jsonl); names, numbers and
+                                                                   places that are in no training text (unseen_*.jsonl)
     LoRA               a new name, and a part of the above         other phrasings (identity.jsonl)
     preferences        4 facts in 5                                the fifth (dpo.json), whose right answers SFT has taught
     exam               nothing                                     multiple choice as in C-Eval (dev, val)
@@ -21,15 +22,17 @@ import itertools
 import json
 import random
 from dataclasses import dataclass
-from operator import add, mul, sub
 from pathlib import Path
 
+from model.demo.arithmetic import all_problems, needs_steps, operands
+from model.demo.values import Values
 from model.errors import UserError
 from model.evaluation.scoring import NUMBER, normalise
 from model.evaluation.subjects import LETTERS
 
 DEFAULT_DIRECTORY = Path(__file__).resolve().parents[2] / "dataset" / "demo_world"
-CALCULATIONS = {"addition": add, "subtraction": sub, "multiplication": mul}
+TABLE_SUFFIXES = (".csv", ".json", ".txt")
+SHARES = (6, 6, 4, 1, 3, 3, 1)  # of the kinds of documents in pretrain_rows
 DEV_QUESTIONS, VAL_QUESTIONS = 5, 40  # per exam subject; C-Eval has 5 and about 26
 
 
@@ -174,13 +177,20 @@ class DemoWorld:
         self.chat, self.memory, self.arithmetic, self.endings = (
             read_json(directory / f"{name}.json") for name in ("chat", "memory", "arithmetic", "preferences")
         )
+        # What is made for the occasion has more to teach than what is on a short list.
+        self.slot_weights = [4 if "made" in words else 1 for words in self.memory.values()]
         self.identity = read_identity(directory)
         self.texts = [text for text in read_text(directory / "texts.txt").split("\n") if text.strip()]
         self.by_relation, self.by_entity = collections.defaultdict(list), collections.defaultdict(list)
         for fact in self.facts:
             self.by_relation[fact.relation].append(fact)
             self.by_entity[fact.patterns["table"], fact.entity].append(fact)
-        self.problems, self.heldout_problems = self.split(self.all_problems(), "arithmetic", 1 / 7)
+        self.problems, self.heldout_problems = self.split_problems()
+        # {(kind of sum, whether it needs steps): sums}
+        self.sums_of = collections.defaultdict(list)
+        for problem in self.problems:
+            self.sums_of[problem["task"], bool(problem["steps"])].append(problem)
+        self.tasks = list(dict.fromkeys(task for task, _ in self.sums_of))
         self.preferred, self.heldout_preferred = self.split(self.facts, "preferences", 0.2)
         asked_on = [fact for fact in self.facts if fact.patterns.get("followups")]
         # Asked for by 那……呢？ after the same question about something else.
@@ -191,6 +201,11 @@ class DemoWorld:
         self.followups, self.heldout_followups = (
             [(first, second) for second in part for first in self.siblings(second)] for part in parts
         )
+        known_text = "".join(read_text(path) for path in sorted(directory.iterdir()) if path.suffix in TABLE_SUFFIXES)
+        self.values = {
+            slot: Values(f"{directory / 'memory.json'}: {slot}", words, known_text, self.random(f"values of {slot}"))
+            for slot, words in self.memory.items()
+        }
         # {(slot, value): two ways of asking, never trained on with this value}; value None: nothing was told.
         rng = self.random("memory")
         pairs = [(slot, value) for slot, words in self.memory.items() for value in (None, *words["values"])]
@@ -206,13 +221,16 @@ class DemoWorld:
         count = round(len(items) * share)
         return items[count:], items[:count]
 
-    def all_problems(self):
-        """Yield {a, b, c, word, sign, task} for every pair of operands whose result is not negative."""
-        for task in filter(CALCULATIONS.get, self.arithmetic):
-            words = self.arithmetic[task]
-            for a, b in itertools.product(*(range(low, high + 1) for low, high in (words["left"], words["right"]))):
-                if (c := CALCULATIONS[task](a, b)) >= 0:
-                    yield {"a": a, "b": b, "c": c, "word": words["word"], "sign": words["sign"], "task": task}
+    def split_problems(self, heldout_count=100):
+        """(training, held-out) sums: `heldout_count` of each kind among those that need steps, and nothing that has the same
+        two numbers, in whatever order or kind, is left for training."""
+        rng, problems = self.random("arithmetic"), list(all_problems(self.arithmetic))
+        heldout = []
+        for task in dict.fromkeys(problem["task"] for problem in problems):
+            hard = [problem for problem in problems if problem["task"] == task and needs_steps(problem)]
+            heldout += rng.sample(hard, min(heldout_count, len(hard) // 5))
+        pairs = {operands(problem) for problem in heldout}
+        return [problem for problem in problems if operands(problem) not in pairs], heldout
 
     def siblings(self, fact):
         """Other facts about the same thing of which one can go on to ask."""
@@ -221,7 +239,7 @@ class DemoWorld:
 
     def asks(self, slot, value):
         """Ways of asking for `value` that belong to training."""
-        return [ask for ask in self.memory[slot]["ask"] if ask not in self.heldout_asks[slot, value]]
+        return [ask for ask in self.memory[slot]["ask"] if ask not in self.heldout_asks.get((slot, value), ())]
 
     def others(self, category, keys):
         """What an answer of `category` (relation, memory slot or "chat") may be besides the texts `keys`."""
@@ -238,9 +256,9 @@ class DemoWorld:
     def pretrain_rows(self, size):
         """Documents {"text"} without duplicates, of `size` bytes of UTF-8 or a little more."""
         rng, seen, written = self.random("pretrain"), set(), 0
-        kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums]
-        makers, shares = [make(rng) for make in kinds], [5, 5, 4, 3, 4, 2]
-        documents = itertools.chain(self.texts, (next(rng.choices(makers, shares)[0]) for _ in itertools.count()))
+        kinds = [self.things, self.relations, self.dialogues, self.stories, self.remembered, self.sums, self.columns]
+        makers = [make(rng) for make in kinds]
+        documents = itertools.chain(self.texts, (next(rng.choices(makers, SHARES)[0]) for _ in itertools.count()))
         for text in documents:
             if text not in seen:
                 seen.add(text)
@@ -278,55 +296,71 @@ class DemoWorld:
     def stories(self, rng):
         """Short tales in which a value comes back: the cheapest lesson in copying from context."""
         while True:
-            slots = [rng.choice(list(self.memory.values())) for _ in range(3)]
-            yield "".join(rng.choice(words["stories"]).format(value=rng.choice(words["values"])) for words in slots)
+            slots = [rng.choice(list(self.memory)) for _ in range(3)]
+            yield "".join(
+                rng.choice(self.memory[slot]["stories"]).format(value=self.values[slot].draw(rng)) for slot in slots
+            )
 
     def remembered(self, rng):
         facts = deck(self.facts, rng)
         while True:
             yield as_text(self.conversation(rng, facts))
 
-    def sums(self, rng):
-        """Sums in order of their operands, where one follows from the last, or in no order."""
-        ordered = sorted(self.problems, key=lambda problem: (problem["task"], problem["a"], problem["b"]))
-        shuffled = deck(self.problems, rng)
-        while True:
-            start = rng.randrange(len(ordered) - 8)
-            for problems in (ordered[start : start + 8], list(itertools.islice(shuffled, 8))):
-                pattern = rng.choice(self.arithmetic["statements"])
-                yield "".join(pattern.format_map(problem) for problem in problems)
+    def draw_sum(self, rng, easy_share=0.2):
+        """A sum of any kind, `easy_share` of them of single digits: what the others are made of."""
+        return rng.choice(self.sums_of[rng.choice(self.tasks), rng.random() >= easy_share])
 
-    def single_turns(self, phrasings):
+    def sums(self, rng):
+        while True:
+            yield "".join(self.sum_statement(rng, self.draw_sum(rng)) for _ in range(6))
+
+    def columns(self, rng):
+        """Single steps of sums."""
+        while True:
+            steps = [rng.choice(self.draw_sum(rng, easy_share=0)["steps"].split("；")[:2]) for _ in range(14)]
+            yield "；".join(steps) + "。"
+
+    def sum_statement(self, rng, problem):
+        patterns = self.arithmetic["statements_in_steps" if problem["steps"] else "statements"]
+        return rng.choice(patterns).format_map(problem)
+
+    def sum_turn(self, rng, problem):
+        answer = self.arithmetic["answer_in_steps" if problem["steps"] else "answer"].format_map(problem)
+        return [rng.choice(self.arithmetic["questions"]).format_map(problem), answer]
+
+    def single_turns(self, phrasings, sums, recalls):
         """(question, answer) pairs: `phrasings` of every fact (all where there are fewer), sums, small talk, recall."""
         rng = self.random("single")
         for fact in self.facts:
             for question in rng.sample(fact.questions(), min(phrasings, len(fact.questions()))):
                 yield question, fact.answer
-        for problem in self.problems:
-            for pattern in self.arithmetic["questions"][:phrasings]:
-                yield pattern.format_map(problem), self.arithmetic["answer"].format_map(problem)
+        for _ in range(sums):
+            yield tuple(self.sum_turn(rng, self.draw_sum(rng)))
         for entry in self.chat:
             for question in entry["questions"]:
                 yield question, entry["answer"]
-        for slot, words in self.memory.items():  # told and asked in one breath: the first step to remembering
-            for value in words["values"]:
-                for ask in self.asks(slot, value):
-                    yield self.tell(rng, slot, value)[0] + ask, self.recall(slot, value, ask)[1]
+        # Told and asked in one breath: the first step to remembering.
+        for slot in rng.choices(list(self.memory), self.slot_weights, k=recalls):
+            value = self.values[slot].draw(rng)
+            ask = rng.choice(self.asks(slot, value))
+            yield self.tell(rng, slot, value)[0] + ask, self.recall(slot, value, ask)[1]
 
     def multi_turns(self, count):
-        """`count` conversations, lists of [question, answer]: recalling what was told, or asking on with less words."""
+        """`count` conversations, lists of [question, answer]: recalling what was told, asking on with less words, sums."""
         rng = self.random("multi")
         facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.75:
+            if kind < 0.68:
                 yield self.conversation(rng, facts)
-            elif kind < 0.8:
+            elif kind < 0.73:
                 yield self.untold(rng, facts)
-            elif kind < 0.92:
+            elif kind < 0.87:
                 yield self.followup(rng, *next(followups))
-            else:
+            elif kind < 0.96:
                 yield self.ellipsis(rng, next(ellipses))
+            else:
+                yield [self.sum_turn(rng, self.draw_sum(rng)) for _ in range(3)]
 
     def identity_conversations(self, taught, kept=1100, within_conversations=400):
         """Conversations, lists of [question, answer], that give the model another name: each question of identity.json
@@ -361,12 +395,18 @@ class DemoWorld:
         return [rng.choice(entry["questions"]), entry["answer"]]
 
     def filler(self, rng, facts):
-        return self.fact_turn(rng, next(facts)) if rng.random() < 0.75 else self.chat_turn(rng, rng.choice(self.chat))
+        kind = rng.random()
+        if kind < 0.1:
+            return self.chat_turn(rng, rng.choice(self.chat))
+        return self.sum_turn(rng, self.draw_sum(rng)) if kind < 0.4 else self.fact_turn(rng, next(facts))
 
     def conversation(self, rng, facts, slot=None, value=None, ask=None):
         """One or two things are told, mixed with up to two other turns, then asked for; `ask` is the last question."""
-        slots = rng.sample([other for other in self.memory if other != slot], rng.randint(1, 2))
-        told = {name: rng.choice(self.memory[name]["values"]) for name in slots}
+        slots = rng.choices(list(self.memory), self.slot_weights, k=rng.randint(1, 2))
+        slots = [other for other in dict.fromkeys(slots) if other != slot] or [
+            next(o for o in self.memory if o != slot)
+        ]
+        told = {name: self.values[name].draw(rng) for name in slots}
         if slot:  # in place of the last
             told.popitem()
             told[slot] = value
@@ -389,7 +429,7 @@ class DemoWorld:
         """Something is asked for that was not told; something else was, so the model has to look which."""
         slot = slot or rng.choice(list(self.memory))
         other = rng.choice([name for name in self.memory if name != slot])
-        turns = [self.tell(rng, other, rng.choice(self.memory[other]["values"])), self.filler(rng, facts)]
+        turns = [self.tell(rng, other, self.values[other].draw(rng)), self.filler(rng, facts)]
         rng.shuffle(turns)
         ask = ask or rng.choice(self.asks(slot, None))
         return turns[: rng.randint(1, 2)] + [[ask, self.memory[slot]["unknown"]]]
@@ -457,9 +497,8 @@ class DemoWorld:
     def heldout_arithmetic(self):
         rng = self.random("heldout arithmetic")
         for problem in self.heldout_problems:
-            for pattern in rng.sample(self.arithmetic["questions"], 2):
-                turns = [(pattern.format_map(problem), self.arithmetic["answer"].format_map(problem))]
-                yield self.test_row(turns, str(problem["c"]), problem["task"], "arithmetic")
+            turns = [self.sum_turn(rng, problem)]
+            yield self.test_row(turns, str(problem["c"]), problem["task"], "arithmetic")
 
     def heldout_multi_turns(self):
         rng = self.random("heldout multi")
@@ -475,6 +514,24 @@ class DemoWorld:
             yield self.fact_row(self.followup(rng, first, fact), fact, "pronoun")
         for fact in rng.sample(self.heldout_ellipses, min(80, len(self.heldout_ellipses))):
             yield self.fact_row(self.ellipsis(rng, fact), fact, "ellipsis")
+
+    def heldout_unseen(self, slots, parts=False):
+        """Values that no training text has, asked for as in multi_turn. The whole sentence must be right: a part of a
+        value, or more than it, is another one."""
+        rng = self.random(f"heldout unseen {parts}")
+        facts = deck(self.facts, rng)
+        for slot in slots:
+            for value in self.values[slot].unseen_parts if parts else self.values[slot].unseen:
+                turns = self.conversation(rng, facts, slot, value, rng.choice(self.memory[slot]["ask"]))
+                task = f"unseen_{slot}{'_characters' if parts else ''}"
+                yield {**self.test_row(turns, value, task, slot), "answer": turns[-1][1]}
+
+    def heldout_names(self):
+        return self.heldout_unseen(["name"])
+
+    def heldout_values(self):
+        yield from self.heldout_unseen([slot for slot in self.memory if slot != "name"])
+        yield from self.heldout_unseen(self.memory, parts=True)
 
     def heldout_texts(self):
         """Known facts in sentence patterns that training never uses, six to a document {"text"}."""

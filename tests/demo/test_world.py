@@ -148,18 +148,6 @@ def test_heldout_questions_differ_from_all_trained_on_in_more_than_courtesy(file
         assert len(rows) >= 100 and [row["q"] for row in rows if wording(row["q"]) in trained] == []
 
 
-def test_heldout_operands_are_in_no_training_text(world, files):
-    raw, _, _ = files
-    text = "\n".join(
-        raw[kind].read_text(encoding="utf-8") for kind in ("pretrain", "sft_single", "sft_multi", "sft_identity")
-    )
-    spelt = set(re.findall(r"\d+[加减乘+×-]\d+", text))
-    assert {"{a}{word}{b}".format_map(problem) for problem in world.problems} <= spelt
-    assert min(problem["c"] for problem in world.problems + world.heldout_problems) == 0
-    for problem in world.heldout_problems:
-        assert not {"{a}{word}{b}".format_map(problem), "{a}{sign}{b}".format_map(problem)} & spelt
-
-
 def test_heldout_memory_pairs_are_never_trained_on(world, files):
     heldout = read_lines(files[1]["multi_turn"])
     recalls = {(row["q"], row["a"]) for row in heldout if row["task"].startswith("recall") or row["task"] == "not_told"}
