@@ -12,8 +12,6 @@ from model.errors import run_main
 from model.settings import InferenceSettings, SamplingParameters
 from model.stages import PRETRAINED_STAGES
 
-OPENINGS = ("中国的首都是", "长江是", "太阳从", "世界上最高的山峰是", "水是由", "从前，有一个小村庄，", "读书的好处是")
-
 
 def parse_arguments():
     parser = script_parser(__doc__)
@@ -30,11 +28,10 @@ def main():
     args = parse_arguments()
 
     # Imported after the arguments are read, so that --help answers at once.
-    from model.evaluation.questions import answer_each, check_prompts, read_questions
+    from model.evaluation.questions import OPENINGS, answer_each, check_prompts, read_questions
     from model.evaluation.scoring import measure_accuracy, print_accuracy, score_answer
-    from model.inference.chat import print_stream
+    from model.inference.chat import print_stream, text_prompt
     from model.inference.open import open_engine
-    from model.tokenizer import encode_text
 
     check_prompts(args.prompt or ())
     given = [("--prompt", {"prompt": text}) for text in args.prompt or OPENINGS]
@@ -43,22 +40,18 @@ def main():
     engine, path = open_engine(from_flags(InferenceSettings, args), PRETRAINED_STAGES)
     print(f"{path}: {engine.description}")
 
-    # Documents were trained as <s> text </s>, so a text to continue begins with <s>.
-    def prompt_ids(row):
-        return [engine.tokenizer.bos_token_id, *encode_text(engine.tokenizer, row["prompt"])]
-
     if all("answer" in row for _, row in rows):
         # What counts is how the sentence ends: the first one of the continuation.
         def is_right(row, text):
             return score_answer({**row, "q": row["prompt"]}, text.split("。")[0])
 
-        prompts = [prompt_ids(row) for _, row in rows]
+        prompts = [text_prompt(engine.tokenizer, row["prompt"]) for _, row in rows]
         print_accuracy(measure_accuracy(engine, rows, prompts, parameters, is_right), args.json)
         return
 
     def go_on(row):
         print(f"\n{row['prompt']}", end="", flush=True)
-        print_stream(engine, prompt_ids(row), parameters)
+        print_stream(engine, text_prompt(engine.tokenizer, row["prompt"]), parameters)
 
     answer_each(rows, go_on)
 

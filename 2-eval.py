@@ -19,11 +19,6 @@ from model.cli import add_inference_flags, from_flags, non_negative_int, script_
 from model.errors import UserError, run_main
 from model.settings import InferenceSettings, SamplingParameters
 
-QUESTIONS = (
-    "你知道长江吗？", "第一颗人造卫星是哪个国家发射的？", "你知道泰山在哪里吗？", "世界上最高的山峰是什么？",
-    "万有引力是谁提出的？", "你知道大熊猫的主要食物是什么吗？", "海水为什么是咸的？", "一星期有多少天？",
-)  # fmt: skip
-
 
 def parse_arguments():
     parser = script_parser(__doc__)
@@ -76,7 +71,7 @@ def main():
 
     # Imported after the arguments are read, so that --help answers at once.
     from model.data.conversations import message, parse_history
-    from model.evaluation.questions import answer_each, check_prompts, read_questions
+    from model.evaluation.questions import QUESTIONS, answer_each, check_prompts, read_questions
     from model.evaluation.scoring import measure_accuracy, print_accuracy
     from model.inference.chat import chat_prompt, converse, last_exchanges, print_answer, print_stream
     from model.inference.open import open_engine
@@ -120,6 +115,7 @@ def main():
 def report(args, several, rows, histories, parameters):
     """Write the report of --report on the checkpoints in `several`, InferenceSettings of each."""
     from model.evaluation.judge import Judge
+    from model.evaluation.questions import QUESTIONS
     from model.evaluation.report import report_paths, write_report
     from model.files import refuse_existing
 

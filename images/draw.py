@@ -1,9 +1,11 @@
 """The pictures of README.md: the structure of a preset, drawn from its configuration; curves of the loss and of what each
-expert has to do, drawn from logs; how servers do under load, drawn from what benchmarks/serving.py measured.
+expert has to do, drawn from logs; how servers do under load, drawn from what benchmarks/serving.py measured. And the
+references in images/reference, thinned logs of real runs, with which training and curves compare a run of the same kind.
 
 python images/draw.py model --preset minimind-v1-small --output images/structure_dense.png
 python images/draw.py model --preset minimind-v1-moe --output images/structure_moe.png
 python images/draw.py curves --logs out/logs/pretrain_512.jsonl --output images/loss.png
+python images/draw.py reference --log out/quickstart/logs/pretrain_192.jsonl --output images/reference/demo_pretrain.jsonl
 python images/draw.py experts --logs out/logs/pretrain_512_moe.jsonl --output images/experts.png
 python images/draw.py serving --results out/serving.json --output images/serving.png
 """
@@ -13,6 +15,8 @@ import json
 import math
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +35,17 @@ def parse_arguments():
     experts = commands.add_parser("experts", help="share of the tokens that each expert got in one or more runs")
     for command in (curves, experts):
         command.add_argument("--logs", nargs="+", required=True, help="files of out/logs, left to right")
+    compare = (
+        "draw this reference behind each curve; auto: the one of images/reference for the same stage, shape and data"
+    )
+    curves.add_argument("--reference", default="auto", metavar="auto|none|FILE", help=f"{compare} (default: auto)")
+    reference = commands.add_parser(
+        "reference", help="a reference, made of a run's log and the .json of its checkpoint"
+    )
+    reference.add_argument("--log", type=Path, required=True, help="out/logs/<run>.jsonl, beside its checkpoint")
+    typical = "of ordinary text: the bits per byte of runs on other data are compared with it too"
+    reference.add_argument("--typical", action="store_true", help=typical)
+    reference.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     serving = commands.add_parser("serving", help="tokens per second and time to first token by number of clients")
     serving.add_argument("--results", required=True, help="the JSON line of benchmarks/serving.py, in a file")
     for command in (model, curves, experts, serving):
@@ -40,12 +55,18 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
+    if args.command == "reference":
+        from model.training.reference import write_reference
+
+        write_reference(args.log, args.output, args.typical)
+        print(f"{args.output} is written")
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     drawings = dict(
         model=lambda: draw_model(args.preset),
-        curves=lambda: draw_curves(args.logs),
+        curves=lambda: draw_curves(args.logs, args.reference),
         experts=lambda: draw_experts_at_work(args.logs),
         serving=lambda: draw_serving(args.results),
     )
@@ -158,13 +179,14 @@ def draw_experts(axes, config):
         arrow(axes, (3.3, 9.87), (0.15, 10.5))
 
 
-def draw_curves(logs):
+def draw_curves(logs, reference="none"):
     """One panel per log: training loss of every report, validation loss as dots with their bits per byte; of a log on pairs
-    of answers, which has none, accuracy and margin too."""
+    of answers, which has none, accuracy and margin too. reference: "none", or what is drawn behind, see reference_for."""
     figure, panels = panels_of(logs)
     for axes, path in zip(panels, logs):
         records = read_log(path)
-        lines = draw_numbers(axes, records, "loss", "loss", "C0")
+        lines = draw_reference(axes, records, reference_for(path, reference))
+        lines += draw_numbers(axes, records, "loss", "loss", "C0")
         for record in held_out_ends(records):
             text = f"{record['validation_bits_per_byte']:.2f} bits/byte"
             place = (record["step"], record["validation_loss"])
@@ -184,6 +206,43 @@ def draw_curves(logs):
             axes.legend()
     figure.tight_layout()
     return figure
+
+
+def reference_for(log, which):
+    """The Reference to draw behind the curve of `log`: None for "none"; for "auto" that of the same stage, shape and data, if
+    there is one; else that in the file `which`. Raises UserError for a file of another stage or shape than the log's."""
+    if which == "none":
+        return None
+    from model.training.reference import Reference, described_run, find_reference
+
+    if which != "auto":
+        found, run = Reference(which), described_run(log)
+        if not found.same_kind(run):
+            what = " and ".join(f"{one['stage']} of dim {one['config'].get('dim')}" for one in (found.header, run))
+            raise UserError(
+                f"--reference {which}: is of another stage or preset than {log} ({what}); give one of its kind"
+            )
+        return found
+    try:
+        run = described_run(log)
+    except UserError:  # a log by itself
+        return None
+    found = find_reference(run)
+    return found if found and found.same_data(run) else None
+
+
+def draw_reference(axes, records, reference):
+    """A grey line: the loss of a Reference where the run has seen as many tokens; [] without one, else that line."""
+    points = [
+        (record["tokens_seen"], record["step"]) for record in records if "loss" in record and "tokens_seen" in record
+    ]
+    if reference is None or not points:
+        return []
+    tokens, steps = zip((0, 0), *points)
+    within = reference.tokens <= tokens[-1]
+    places = np.interp(reference.tokens[within], tokens, steps)
+    losses, label = reference.numbers["loss"][within], f"reference: {reference.name}"
+    return axes.plot(places, losses, color="0.7", linewidth=3, label=label)
 
 
 def draw_serving(path):

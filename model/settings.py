@@ -17,7 +17,8 @@ ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor 
 
 def flag(default, help, kind=None, **limits):
     """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, most,
-    below, choices, metavar, alone (the value of the flag without one), word (the only value that is no number). `{default}` in `help` shows the default."""
+    below, choices, metavar, alone (the value of the flag without one), word (the only value that is no number). `{default}`
+    in `help` shows the default."""
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
 
@@ -123,7 +124,7 @@ class TrainingSettings(Checked):
         word=AUTO,
     )
     accumulation_steps: int = flag(
-        None, "forward passes per step (default: 1; with --batch_size auto what makes 64 rows)", int, least=1
+        None, "forward passes per step (default: 1; with --batch_size auto what makes a step of 64 rows)", int, least=1
     )
     learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
@@ -201,6 +202,16 @@ class TrainingSettings(Checked):
         least=0,
     )
     save_interval: int = flag(500, "steps between checkpoints (default: {default})", least=1)
+    sample_interval: int = flag(
+        0, "steps between looks at what it says by now, greedy, also before the first step; 0: never", least=0
+    )
+    sample_prompts: str = flag(
+        None,
+        'what it is given then: a text file, one a line, or .jsonl with {"prompt"} in pretraining, else {"q"} '
+        "(default: four of its own)",
+        str,
+        metavar="FILE",
+    )
     use_wandb: bool = flag(False, "log to Weights & Biases, offline without a key")
     wandb_project: str = flag("MiniMind", "default: {default}")
     wandb_run_name: str = flag(None, "default: stage and dim", str)
@@ -212,6 +223,8 @@ class TrainingSettings(Checked):
                 raise UserError(f"--{name}: says how --deepspeed works, and needs it", exit_code=2)
         if self.offload and self.zero_stage == 0:
             raise UserError("--offload: ZeRO stage 0 divides nothing; it needs --zero_stage 1, 2 or 3", exit_code=2)
+        if self.sample_prompts and not self.sample_interval:
+            raise UserError("--sample_prompts: needs --sample_interval, which says how often", exit_code=2)
         if self.fsdp and self.deepspeed is not None:
             raise UserError("--fsdp, --deepspeed: each divides the work in its own way; choose one", exit_code=2)
         if self.batch_size == AUTO and (self.fsdp or self.deepspeed is not None):

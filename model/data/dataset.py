@@ -252,3 +252,15 @@ def describe_sample(tokenizer, row, max_tokens=300):
         piece = tokenizer.decode([token for token, _ in tokens])
         text += f"⟦{piece}⟧" if learned else piece
     return text + (f" ... ({real - max_tokens} more tokens)" if real > max_tokens else "")
+
+
+def repeated_share(dataset, most=100_000):
+    """(share, rows): how many of the documents, conversations or pairs in a dataset's files, of the first `most`, repeat
+    another one token by token."""
+    cache, seen, repeated = dataset.cache, set(), 0
+    ends = np.asarray(getattr(cache, cache.names[-1])[np.arange(min(most, sum(cache.counts)))])
+    for start, end in zip(np.append(0, ends[:-1]), ends):
+        digest = hash(np.asarray(cache.tokens[np.arange(start, end)]).tobytes())
+        repeated += end > start and digest in seen
+        seen.add(digest)
+    return repeated / max(1, len(ends)), len(ends)

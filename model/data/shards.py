@@ -44,6 +44,7 @@ class JoinedCaches:
 
     def __init__(self, caches):
         self.caches, self.names = caches, caches[0].names
+        self.name = f"{caches[0].name} and {len(caches) - 1} more"
         self.counts = [count for cache in caches for count in cache.counts]
         fingerprints = [cache.fingerprint for cache in caches]
         digest_size = len(fingerprints[0]) // 2

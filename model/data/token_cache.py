@@ -162,12 +162,12 @@ DTYPES = {np.dtype(kind).str for kind in (np.uint8, np.uint16, np.uint32, np.int
 
 class TokenCache:
     """One cache folder: the arrays that the encoding names, mapped; report (RowReport of the tokenising); counts (list: the
-    documents or rows of each file, here one); fingerprint (hex; the same for the same data, tokenizer and format). Raises
-    one of UNUSABLE for a folder that is none."""
+    documents or rows of each file, here one); fingerprint (hex; the same for the same data, tokenizer and format); name (the
+    file's, without suffix). Raises one of UNUSABLE for a folder that is none."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        _, kind, self.fingerprint = self.folder.name.rsplit("-", 2)
+        self.name, kind, self.fingerprint = self.folder.name.rsplit("-", 2)
         description = json.loads((self.folder / "cache.json").read_text(encoding="utf-8"))
         self.report = RowReport.from_dict(description["report"])
         self.names = ENCODINGS[kind].names

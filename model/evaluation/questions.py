@@ -6,6 +6,13 @@ from model.data.conversations import BadRow, parse_history
 from model.data.rows import iter_json_lines, read_lines
 from model.errors import UserError
 
+# Of what a pretrained model goes on from, and of what a chat model is asked, where nothing else is given.
+OPENINGS = ("中国的首都是", "长江是", "太阳从", "世界上最高的山峰是", "水是由", "从前，有一个小村庄，", "读书的好处是")
+QUESTIONS = (
+    "你知道长江吗？", "第一颗人造卫星是哪个国家发射的？", "你知道泰山在哪里吗？", "世界上最高的山峰是什么？",
+    "万有引力是谁提出的？", "你知道大熊猫的主要食物是什么吗？", "海水为什么是咸的？", "一星期有多少天？",
+)  # fmt: skip
+
 
 def read_questions(path, question):
     """[("file:line", row), ...] of a .jsonl file, dicts with the text field `question`, or of the lines of a text file.

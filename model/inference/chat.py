@@ -7,7 +7,7 @@ import sys
 
 from model.data.conversations import message
 from model.errors import UserError, tell
-from model.tokenizer import encoded_turns, generation_prompt, join_turns
+from model.tokenizer import encode_text, encoded_turns, generation_prompt, join_turns
 
 COMMANDS = """/clear forgets the conversation, /system TEXT says how to answer (alone: as before), /exit (or Ctrl-D) leaves,
 Ctrl-C stops an answer, /help says this again"""
@@ -23,6 +23,11 @@ def last_exchanges(messages, count):
     """`messages` with only the last `count` pairs of question and answer, None: all; a system turn stays."""
     system, turns = split_system(messages)
     return system + (turns if count is None else turns[max(len(turns) - 2 * count, 0) :])
+
+
+def text_prompt(tokenizer, text):
+    """Token ids of a text to go on from. Documents were trained as <s> text </s>, so it begins with <s>."""
+    return [tokenizer.bos_token_id, *encode_text(tokenizer, text)]
 
 
 def conversation_prompt(tokenizer, messages, context, max_new_tokens):

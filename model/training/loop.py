@@ -33,16 +33,20 @@ from model.settings import AUTO
 from model.tokenizer import tokenizer_hash
 from model.training import batch_size, dry_run, ranks, resume
 from model.training.optimizer import make_schedule
+from model.training.reference import Expectation, describe_run
 from model.training.reports import (
     RunLog,
     flops_per_token,
     mean_loss,
     peak_flops,
+    run_name,
     start_wandb,
     step_line,
     validation_line,
 )
+from model.training.samples import Samples
 from model.training.strategy import DataParallel
+from model.training.watch import Watch
 
 
 def start(settings):
@@ -178,9 +182,12 @@ class Trainer:
         self.schedule = make_schedule(self.settings, self.steps_per_epoch)
         self.short_rows = short_rows(self.settings, model.config.max_seq_len)
         self.trajectory = resume.trajectory(self, train.fingerprint, identity or {})
-        self.run_name = f"{stage.replace('/', '_')}_{self.path.stem.removeprefix(Path(stage).name + '_')}"
+        self.run_name = run_name(self.path.relative_to(settings.out_dir))
         self.log = RunLog(Path(settings.out_dir) / "logs" / f"{self.run_name}.jsonl", active=ranks.is_main())
         self.stop, self.state, self.torn = resume.StopRequest(), RunState(), None
+        self.samples, self.described = Samples(self, tokenizer), describe_run(self, train)
+        self.expectation = Expectation(self.described)
+        self.watch = Watch(self, train, self.expectation)
 
     def make_loader(self, dataset):
         """Batches of the dataset's rows for this rank, in an order that depends on the seed alone."""
@@ -291,6 +298,7 @@ class Trainer:
         with self.alone(), contextlib.closing(self.log), self.stop:
             wandb = start_wandb(self.settings, self.run_name) if self.settings.use_wandb and ranks.is_main() else None
             self.log.start(state.step, self.schedule.total_steps, wandb)
+            self.samples.start()
             state.first_step, state.steady_since, state.stopping = state.step, None, False
             self.model.train()
             try:
@@ -305,6 +313,7 @@ class Trainer:
                 if state.finished and state.validation_loss is None and len(self.validation_loader):
                     self.validate()  # which a signal had cut short
                     self.save()
+                self.samples.take_if_due()
                 if state.step >= self.schedule.total_steps or state.finished:
                     ranks.print_once(f"nothing left to do: {self.step_of_total} is done")
                 else:
@@ -369,6 +378,7 @@ class Trainer:
             too_early = state.step == 1 and settings.max_minutes is not None  # see check_minutes
             if done or (state.step % settings.save_interval == 0 and not too_early):
                 self.save()
+            self.samples.take_if_due()
             if done:
                 state.stopping = not state.finished
                 return
@@ -506,6 +516,7 @@ class Trainer:
         record.update(self.further_numbers())
         if bits_per_byte is not None:
             record["bits_per_byte"] = bits_per_byte
+        record.update(self.expectation.numbers(state.tokens_seen, window["tokens"]))
         record["learning_rate"] = self.strategy.learning_rate
         record.update(gradient_norm=state.gradient_norm, tokens_per_second=window["tokens"] / window["seconds"])
         record.update(tokens_seen=state.tokens_seen)
@@ -519,6 +530,7 @@ class Trainer:
             record["expert_load"] = [round(share, 4) for share in load.mean(dim=0).tolist()]
             record["least_expert_load"] = round(load.min().item(), 4)  # what starves in one layer hides in the mean
         self.log.write(step_line(record, self.step_of_total), **record)
+        self.watch.see(record)
 
     def expert_load(self):
         """Share [L, E] of the last micro-batch's routing choices that each expert got in each layer, over all ranks; None
@@ -564,6 +576,7 @@ class Trainer:
             record["validation_bits_per_byte"] = bits_per_byte
         record.update((f"validation_{name}", number) for name, number in further.items())
         self.log.write(validation_line(record, self.step_of_total, int(sums["items"])), **record)
+        self.watch.see_validation(record)
 
     @property
     def step_of_total(self):
@@ -588,7 +601,7 @@ class Trainer:
             raise UserError(
                 f"step {state.step}: weights are not finite, not saved ({kept}); try a lower --learning_rate"
             )
-        metadata = dict(stage=self.stage, parent=self.parent, tokenizer_hash=self.tokenizer_hash, **state.progress())
+        metadata = {**self.described, "parent": self.parent, "tokenizer_hash": self.tokenizer_hash, **state.progress()}
         metadata[self.items_seen] = metadata.pop("supervised_tokens_seen")
         if not state.validation:
             del metadata["validation"]
@@ -599,6 +612,7 @@ class Trainer:
             with self.stop.held():
                 save_checkpoint(self.path, self.model, metadata, training_state, weights)
             self.log.keep()
+            self.samples.keep()
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise

@@ -26,6 +26,8 @@ PEAK_TFLOPS = {
 NO_BFLOAT16 = ("V100", "T4")  # their peak is float16's
 # What a line shows besides the loss: name in the log -> name on the terminal.
 SHOWN = {"bits_per_byte": "bpb", "reward_margin": "margin", "reward_accuracy": "accuracy", "kl": "KL"}
+# What a reference says to the number before it.
+USUAL = {"expected_loss": " (expected here {:.2f})", "typical_bits_per_byte": " ({:.2f} on other text)"}
 
 
 class RunLog:
@@ -93,6 +95,17 @@ class RunLog:
             self.wandb_run.finish()
 
 
+def read_log(path):
+    """The records of a run's .jsonl file in order, without a line torn by a kill; [] when there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
+
+
+def run_name(path):
+    """What a run's log is called: its checkpoint's path in out/, in one word."""
+    return path.with_suffix("").as_posix().replace("/", "_")
+
+
 def step_of(line):
     """The step of one line of the file; a line torn by a kill counts as later than any step."""
     try:
@@ -126,8 +139,14 @@ def mean_loss(sums):
 
 def step_line(record, step_of_total):
     """The line on the terminal for one record of the log."""
-    text = "{place}  epoch {epoch:.2f}  loss {loss:.4f}{further}  lr {learning_rate:.2e}  norm {gradient_norm:.2f}"
-    text = (text + "  {tokens_per_second:,.0f} tok/s").format(place=step_of_total, further=further(record), **record)
+    usual = {name: "" for name in USUAL} | {
+        name: text.format(record[name]) for name, text in USUAL.items() if name in record
+    }
+    numbers = {**record, **usual, "further": further(record), "place": step_of_total}
+    text = "{place}  epoch {epoch:.2f}  loss {loss:.4f}{expected_loss}{further}{typical_bits_per_byte}"
+    text = (text + "  lr {learning_rate:.2e}  norm {gradient_norm:.2f}  {tokens_per_second:,.0f} tok/s").format(
+        **numbers
+    )
     if "mfu" in record:
         text += f"  MFU {record['mfu']:.1%}"
     if "seconds_left" in record:
