@@ -6,7 +6,7 @@ reads   dataset/pretrain_data.csv (column text; data_process.py makes it)
 writes  out/pretrain_<dim>[_moe].pth, the same .json (what it is) and .resume.pth (how to go on), out/logs/*.jsonl
 
     python 1-pretrain.py                              # minimind-v1-small, 26M parameters
-    python 1-pretrain.py --preset minimind-tiny --optimizer muon --learning_rate 2e-3    # small enough for a laptop
+    python 1-pretrain.py --preset minimind-tiny       # small enough for a laptop
     python 1-pretrain.py --resume                     # go on after Ctrl-C, kill -9 or a power cut
 
 The loss starts at ln(6400) = 8.8 and falls to 3-4 on real text; bits per byte compares across tokenizers.
