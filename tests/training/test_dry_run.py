@@ -52,7 +52,7 @@ def test_what_it_finds_by_hand(pretrain_csv, tmp_path, tokenizer):
     steps = 5 * math.ceil(len(data) / 4)
     clock = found["time"]
     assert clock["steps"] == clock["total"] == steps
-    assert clock["seconds"] == pytest.approx(5 * data.num_tokens / clock["tokens_per_second"])
+    assert clock["seconds"] == pytest.approx(5 * data.num_tokens / clock["tokens_per_second"][0])
     held = found["memory"]["held"]["adamw"]
     assert held["weights"] == held["gradients"] == 4 * total and held["optimizer"] == 8 * total and not held["copies"]
     assert found["memory"]["own"] == ("adamw", False) and found["memory"]["rows"] == 4
@@ -151,7 +151,7 @@ def test_other_presets_scale_by_work_and_size(pretrain_csv, tmp_path):
     assert other["work"] == pytest.approx(flops_per_token(larger, 32) / flops_per_token(model, 32))
     assert other["seconds"] == pytest.approx(found["time"]["seconds"] * other["work"])
     size = sum(parameter.numel() for parameter in larger.parameters())
-    assert 16 * size < other["bytes"] < 24 * size
+    assert 0.99 * 16 * size < other["bytes"] < 20 * size  # hardly any tokens
     assert any("--preset minimind-v1-small" in line for line in dry_run.lines(trainer, found))
 
 
