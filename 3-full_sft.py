@@ -28,9 +28,8 @@ def parse_arguments():
     parser.add_argument("--multi", action="store_true", help="second round, on conversations of several turns")
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
     data_path = f"{SINGLE.data_path}, with --multi {MULTI.data_path}"
-    defaults = dict(
-        data_path=data_path, learning_rate=5e-4, embedding_rate_factor=1.0, wandb_project="MiniMind-Full-SFT"
-    )
+    defaults = dict(data_path=data_path, wandb_project="MiniMind-Full-SFT")
+    defaults.update(learning_rate=1e-3, embedding_rate_factor=3.0)
     add_training_flags(parser, epochs=3, leave_out=PRETRAINING_ONLY, **defaults)
     parser.set_defaults(data_path=None)
     return parser.parse_args()

@@ -72,9 +72,10 @@ SEARCH = {
         "defaults": "",
         "the original's": "--optimizer adamw --learning_rate 1e-4 --embedding_rate_factor 1 --weight_decay 0 "
         "--schedule cosine --warmup_iters 0 --dtype float32",
-        "rates halved": "--learning_rate 2.5e-4",
-        "rates doubled": "--learning_rate 1e-3",
+        "rates halved": "--learning_rate 5e-4",
+        "rates doubled": "--learning_rate 2e-3",
         "AdamW": "--optimizer adamw",
+        "embedding as slow as the rest": "--embedding_rate_factor 1",
         "embedding ten times as fast": "--embedding_rate_factor 10",
         "4 rows": "--batch_size 4",
         "16 rows": "--batch_size 16",
