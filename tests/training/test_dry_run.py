@@ -230,7 +230,7 @@ def test_every_stage_tells_and_writes_nothing(script, run, words, tmp_path, smal
 
 
 def test_two_ranks_tell_once(words, tmp_path, pretrain_csv):
-    text = good(run_two_ranks("1-pretrain.py", *words, "--data_path", pretrain_csv))
+    text = good(run_two_ranks("1-pretrain.py", *words, "--data_path", pretrain_csv, timeout=400))
     assert text.count("tokens/s in 3 steps") == 1 and not (tmp_path / "out").exists()
 
 
