@@ -45,8 +45,6 @@ SEARCH = {
         "AdamW, 3e-3": "--optimizer adamw --learning_rate 3e-3 --embedding_rate_factor 3",
         "rates halved": "--learning_rate 1e-3",
         "rates doubled": "--learning_rate 4e-3",
-        "Muon 0.01": "--muon_learning_rate 0.01",
-        "Muon 0.04": "--muon_learning_rate 0.04",
         "embedding as slow as the rest": "--embedding_rate_factor 1",
         "embedding twice as fast": "--embedding_rate_factor 20",
         "cosine to a tenth": "--schedule cosine",
@@ -56,7 +54,6 @@ SEARCH = {
         "4 rows": "--batch_size 4",
         "16 rows": "--batch_size 16",
         "full rows from the start": "--short_rows_share 0",
-        "rows of 64 first": "--short_rows 64",
         "short rows for half of the run": "--short_rows_share 0.5",
         "beta1 0.95": "--beta1 0.95",
         "beta2 0.99": "--beta2 0.99",
@@ -110,10 +107,10 @@ def parse_arguments():
 # ---- one run
 
 
-def train(args, changes, seconds, seed, out_dir, threads=None):
-    """Train once in a process of its own; returns {bits_per_byte, tokens, steps, seconds}."""
+def train(args, changes, limit, seed, out_dir, threads=None):
+    """Train once, within `limit`, a flag, in a process of its own; returns {bits_per_byte, tokens, steps, seconds}."""
     script = STAGES[args.stage].command
-    command = f"{script} --data_path {shlex.quote(args.data_path)} --max_minutes {seconds / 60} --seed {seed} "
+    command = f"{script} --data_path {shlex.quote(args.data_path)} {limit} --seed {seed} "
     command += f"--eval_tokens {args.eval_tokens} --eval_interval 1000000 --save_interval 1000000 --out_dir {out_dir} "
     shape = f"--dim {args.dim} --n_layers {args.n_layers}"
     command += f"--init_from {shlex.quote(args.init_from)}" if args.init_from else shape
@@ -129,6 +126,10 @@ def train(args, changes, seconds, seed, out_dir, threads=None):
     record = json.loads(path.read_text("utf-8"))
     result = dict(bits_per_byte=record["validation_bits_per_byte"], tokens=record["tokens_seen"], steps=record["step"])
     return {**result, "seconds": round(record["train_seconds"], 1)}
+
+
+def minutes(seconds):
+    return f"--max_minutes {seconds / 60}"
 
 
 def run_changed(name, script, *words):
@@ -250,24 +251,29 @@ def search(args):
     threads = max(1, (os.cpu_count() or 1) // args.jobs) if args.jobs > 1 else None
     table = {}
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        first = pool.submit(train, args, "", 1.0, 1, f"{folder}/first", threads)  # which makes the token cache
+        first = pool.submit(
+            train, args, "", "--max_steps 1", 1, f"{folder}/first", threads
+        )  # which makes the token cache
         first.result()
         runs = {
             name: [
-                pool.submit(train, args, changes, args.seconds, seed, f"{folder}/{index}-{seed}", threads)
+                pool.submit(train, args, changes, minutes(args.seconds), seed, f"{folder}/{index}-{seed}", threads)
                 for seed in seeds
             ]
             for index, (name, changes) in enumerate(wanted.items())
         }
-        print("| what is changed | flags | tokens | bits per byte | spread |\n|---|---|---:|---:|---:|")
+        print(
+            "| what is changed | flags | tokens | bits per byte | against the first | each seed |\n|---|---|---:|---:|---:|---|"
+        )
         for name, futures in runs.items():
             results = [future.result() for future in futures]
-            bits = [result["bits_per_byte"] for result in results]
-            tokens = statistics.mean(result["tokens"] for result in results)
-            table[name] = dict(flags=wanted[name], tokens=round(tokens), bits_per_byte=round(statistics.mean(bits), 4))
-            table[name]["spread"] = round(max(bits) - min(bits), 4)
-            flags = f"`{wanted[name]}`" if wanted[name] else ""
-            numbers = f"{tokens:,.0f} | {statistics.mean(bits):.3f} | {max(bits) - min(bits):.3f}"
+            bits = [round(result["bits_per_byte"], 4) for result in results]
+            tokens = round(statistics.mean(result["tokens"] for result in results))
+            table[name] = dict(flags=wanted[name], tokens=tokens, bits_per_byte=bits)
+            # A seed decides too which documents are held out, so runs of the same seed are what can be compared.
+            against = [own - first for own, first in zip(bits, next(iter(table.values()))["bits_per_byte"])]
+            flags, each = f"`{wanted[name]}`" if wanted[name] else "", ", ".join(f"{value:+.3f}" for value in against)
+            numbers = f"{tokens:,} | {statistics.mean(bits):.3f} | {statistics.mean(against):+.3f} | {each}"
             print(f"| {name} | {flags} | {numbers} |", flush=True)
     return dict(stage=args.stage, seconds=args.seconds, seeds=args.seeds, jobs=args.jobs, table=table)
 
@@ -276,10 +282,10 @@ def compare(args):
     """The original's recipe for --seconds, the defaults for a part of that."""
     result = dict(seconds=args.seconds, ratio=args.ratio)
     with tempfile.TemporaryDirectory() as folder:
-        train(args, "", 1.0, 1, f"{folder}/first")  # which makes the token cache
+        train(args, "", "--max_steps 1", 1, f"{folder}/first")  # which makes the token cache
         recipes = {"defaults": ("", args.seconds / args.ratio), "original": (ORIGINAL, args.seconds)}
         for name, (changes, seconds) in recipes.items():
-            result[name] = train(args, changes, seconds, 1, f"{folder}/{name}")
+            result[name] = train(args, changes, minutes(seconds), 1, f"{folder}/{name}")
             numbers = "{seconds:,.1f} s  {steps:,} steps  {tokens:,} tokens  {bits_per_byte:.4f} bits per byte"
             print(f"{name:10s} {numbers.format(**result[name])}", flush=True)
     result["reached"] = result["defaults"]["bits_per_byte"] <= result["original"]["bits_per_byte"]
