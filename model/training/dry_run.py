@@ -33,10 +33,10 @@ def rehearse(trainer):
             < trainer.settings.short_rows_share
         ):
             most, measured["whole_rows"] = measure(trainer, whole_rows=True)
-    found = dict(parameters=parameters(trainer), memory={**memory(trainer), "measured": most}, data=data(trainer))
-    found["time"] = duration(trainer, measured)
-    found["data"].update(repetition(found))
-    found["presets"] = other_presets(trainer, found)
+        found = dict(parameters=parameters(trainer), memory={**memory(trainer), "measured": most}, data=data(trainer))
+        found["time"] = duration(trainer, measured)
+        found["data"].update(repetition(found))
+        found["presets"] = other_presets(trainer, found)
     return found
 
 

@@ -131,12 +131,15 @@ def test_no_room_for_one_row_is_one_line(pretrain_csv, tmp_path, tokenizer, as_o
 
 
 def test_trials_take_the_longest_rows(sft_csv, tmp_path, tokenizer):
-    run = make_trainer(sft_csv, tmp_path, tokenizer=tokenizer, sft=True)
+    run = make_trainer(sft_csv, tmp_path, "--max_seq_len", 128, tokenizer=tokenizer, sft=True)
     data, seen = run.train_loader.dataset, []
     run.loss_function = lambda model, batch, items: seen.append(batch) or (model(**batch).loss, 0.0)
     batch_size.Trial(run, data)(3)
     assert len(seen) == 3, "two to learn from, one to validate"
-    lengths = [batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else [32] * 3 for batch in seen]
+    lengths = [
+        batch["attention_mask"].sum(dim=1).tolist() if "attention_mask" in batch else [batch["input_ids"].shape[1]] * 3
+        for batch in seen
+    ]
     assert lengths == [sorted(data.lengths.tolist())[::-1][:3]] * 3
 
 

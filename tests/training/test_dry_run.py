@@ -52,7 +52,7 @@ def test_what_it_finds_by_hand(pretrain_csv, tmp_path, tokenizer):
     steps = 5 * math.ceil(len(data) / 4)
     clock = found["time"]
     assert clock["steps"] == clock["total"] == steps
-    assert clock["seconds"] == pytest.approx(5 * data.num_tokens / clock["tokens_per_second"])
+    assert clock["seconds"] == pytest.approx(5 * data.num_tokens / clock["tokens_per_second"][0])
     held = found["memory"]["held"]["adamw"]
     assert held["weights"] == held["gradients"] == 4 * total and held["optimizer"] == 8 * total and not held["copies"]
     assert found["memory"]["own"] == ("adamw", False) and found["memory"]["rows"] == 4
@@ -151,7 +151,7 @@ def test_other_presets_scale_by_work_and_size(pretrain_csv, tmp_path):
     assert other["work"] == pytest.approx(flops_per_token(larger, 32) / flops_per_token(model, 32))
     assert other["seconds"] == pytest.approx(found["time"]["seconds"] * other["work"])
     size = sum(parameter.numel() for parameter in larger.parameters())
-    assert 16 * size < other["bytes"] < 24 * size
+    assert 0.99 * 16 * size < other["bytes"] < 20 * size  # hardly any tokens
     assert any("--preset minimind-v1-small" in line for line in dry_run.lines(trainer, found))
 
 
@@ -230,8 +230,8 @@ def test_every_stage_tells_and_writes_nothing(script, run, words, tmp_path, smal
 
 
 def test_two_ranks_tell_once(words, tmp_path, pretrain_csv):
-    text = good(run_two_ranks("1-pretrain.py", *words, "--data_path", pretrain_csv))
-    assert text.count("tokens/s in 3 steps") == 1 and not (tmp_path / "out").exists()
+    text = good(run_two_ranks("1-pretrain.py", *words, "--data_path", pretrain_csv, timeout=400))
+    assert text.count("(over 3 steps)") == 1 and not (tmp_path / "out").exists()
 
 
 def test_without_data_it_is_the_same_line_as_ever(run, words, tmp_path):
@@ -258,11 +258,11 @@ def test_less_time_than_three_steps_is_one_line_and_nothing_is_written(
 
 def test_a_run_that_goes_on_may_have_less_left_than_three_steps(pretrain_csv, tmp_path, tokenizer, monkeypatch):
     slow(monkeypatch, seconds=1.9)
-    words = ("--max_minutes", 0.1)  # 6 s
-    assert make_trainer(pretrain_csv, tmp_path, *words, "--stop_after", 2, tokenizer=tokenizer).train() is False
+    words = ("--max_minutes", 0.06)  # 3.6 s
+    assert make_trainer(pretrain_csv, tmp_path, *words, "--stop_after", 1, tokenizer=tokenizer).train() is False
     run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
     run.resume()
-    assert run.train() is True and run.state.step >= 3
+    assert run.train() is True and run.state.step >= 2
 
 
 def test_an_earlier_log_survives_a_run_that_had_too_little_time(pretrain_csv, tmp_path, tokenizer, monkeypatch):
