@@ -27,7 +27,7 @@ def tables(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Few texts and conversations: a build takes half the time."""
-    monkeypatch.setattr(demo_files.write_raw_files, "__defaults__", (50_000, 1, 50))
+    monkeypatch.setattr(demo_files.write_raw_files, "__defaults__", (50_000, 1, 50, 50, 50))
 
 
 def contents(directory):
