@@ -34,7 +34,7 @@ RECIPE = {
     ),
     "multi_chat/full_sft": (
         "multi_chat/full_sft", "sft_data.csv",
-        "--learning_rate 1.3e-3 --embedding_rate_factor 1 --epochs 1 --batch_size 16",
+        "--learning_rate 1.2e-3 --embedding_rate_factor 1 --epochs 2 --max_steps 430 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
