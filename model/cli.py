@@ -44,7 +44,9 @@ def add_flags(parser, settings, title, leave_out=(), **defaults):
         options = {name: limits.pop(name) for name in ("choices", "metavar") if name in limits}
         if "alone" in limits:
             options.update(nargs="?", const=limits.pop("alone"))
-        options["help"] = field.metadata["help"].replace("{default}", str(default)).replace("%", "%%")
+        unset = limits.pop("unset", None)
+        shown = str(unset if default is None else default)
+        options["help"] = field.metadata["help"].replace("{default}", shown).replace("%", "%%")
         if kind is bool:
             options["action"] = "store_true"
         else:

@@ -11,14 +11,15 @@ from model.errors import UserError
 
 PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+RATE_TIMES_WIDTH = 0.5  # the learning rate of pretraining, times the width: docs/recipe.md
 AUTO = "auto"  # as a batch size: what fits
 ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
 
 
 def flag(default, help, kind=None, **limits):
     """A dataclass field that is a flag too. kind: type of its value (default: that of `default`). limits: least, most,
-    below, choices, metavar, alone (the value of the flag without one), word (the only value that is no number). `{default}`
-    in `help` shows the default."""
+    below, choices, metavar, alone (the value of the flag without one), word (the only value that is no number), unset (what
+    None means). `{default}` in `help` shows the default."""
     kind = kind or type(default)
     return dataclasses.field(default=default, metadata=dict(help=help, kind=kind, limits=limits))
 
@@ -34,7 +35,9 @@ class Checked:
                 raise UserError(f"--{field.name}: {problem}, got {value!r}", exit_code=2)
 
 
-def violation(value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None, alone=None, word=None):
+def violation(
+    value, least=-math.inf, most=math.inf, below=math.inf, choices=None, metavar=None, alone=None, word=None, unset=None
+):
     """What is wrong with `value`, None if nothing."""
     if word and isinstance(value, str):
         return None if value == word else f"must be {word} or a number of at least {least}"
@@ -126,7 +129,7 @@ class TrainingSettings(Checked):
     accumulation_steps: int = flag(
         None, "forward passes per step (default: 1; with --batch_size auto what makes a step of 64 rows)", int, least=1
     )
-    learning_rate: float = flag(2e-3, "AdamW's peak (default: {default})", least=0)
+    learning_rate: float = flag(None, "AdamW's peak (default: {default})", float, least=0, unset="0.5 / --dim")
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     embedding_rate_factor: float = flag(
         10.0,
@@ -231,9 +234,9 @@ class TrainingSettings(Checked):
             problem = "trying what fits is for GPUs that hold the whole model, not for --deepspeed or --fsdp"
             raise UserError(f"--batch_size auto: {problem}; give a number", exit_code=2)
 
-    def resolved(self, device, world_size):
+    def resolved(self, device, world_size, dim=512):
         """A copy in which nothing is left open: batch size (64 rows on a GPU, 8 elsewhere, over all ranks), the optimizer,
-        Muon's learning rate, the share of short rows.
+        learning rates for a model of width `dim`, the share of short rows.
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. "auto" is the
         default where there is no GPU; on one it stays, as does open accumulation (see training.batch_size). Raises
@@ -249,7 +252,8 @@ class TrainingSettings(Checked):
                 raise UserError(f"--batch_size: {problem}; {way_out}")
             if not trying:
                 batch_size = rows // world_size
-        muon = 10 * self.learning_rate if self.muon_learning_rate is None else self.muon_learning_rate
+        rate = RATE_TIMES_WIDTH / dim if self.learning_rate is None else self.learning_rate
+        muon = 10 * rate if self.muon_learning_rate is None else self.muon_learning_rate
         share = self.short_rows_share
         if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
             share = 0.8 if device.type == "cpu" else 0.0
@@ -258,6 +262,7 @@ class TrainingSettings(Checked):
             batch_size=batch_size,
             accumulation_steps=accumulation or (None if trying else 1),
             optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
+            learning_rate=rate,
             muon_learning_rate=muon,
             short_rows_share=share,
         )

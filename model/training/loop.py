@@ -169,7 +169,8 @@ class Trainer:
         ranks.check_same_data(train.fingerprint, validation.fingerprint)
         self.metadata = metadata or {}
         self.device, self.dtype = model.device, select_dtype(settings.dtype, model.device)
-        asked, self.settings = settings, settings.resolved(self.device, ranks.world_size())
+        asked = settings
+        self.settings = settings.resolved(self.device, ranks.world_size(), model.config.dim)
         self.path = checkpoint_path(settings.out_dir, stage, model.config)
         strategy = working_by(self.settings, self.device, self.dtype, strategy)
         self.strategy = strategy(model, self.settings, self.device, self.dtype, dynamic=train.lengths is not None)

@@ -77,7 +77,7 @@ def as_on_a_gpu(monkeypatch):
             peak = trial(self, rows)
             return gpu_of(limit)(rows) and peak
 
-        monkeypatch.setattr(TrainingSettings, "resolved", lambda self, device, size: resolved(self, CUDA, size))
+        monkeypatch.setattr(TrainingSettings, "resolved", lambda self, device, *more: resolved(self, CUDA, *more))
         monkeypatch.setattr(batch_size.Trial, "__call__", call)
 
     return use
