@@ -9,6 +9,8 @@ import torch
 from model.errors import UserError
 
 WARMUP_SHARE = 0.05
+# Of Muon: three orthogonalise well enough (docs/recipe.md), and five are a quarter of a small model's time on a CPU.
+NEWTON_SCHULZ_STEPS = 3
 
 
 def build_optimizers(model, settings):
@@ -29,6 +31,7 @@ def build_optimizers(model, settings):
     if hidden:
         rate = settings.muon_learning_rate
         options = dict(lr=rate, weight_decay=decay_for(rate, settings), momentum=settings.beta1)
+        options["ns_steps"] = NEWTON_SCHULZ_STEPS
         optimizers.append(torch.optim.Muon([parameters[name] for name in parameters if name in hidden], **options))
     groups = {"matrices": [], "vectors": [], "embeddings": []}
     for name, parameter in parameters.items():
