@@ -30,11 +30,11 @@ RECIPE = {
     ),
     "single_chat/full_sft": (
         "single_chat/full_sft", "sft_data_single.csv",
-        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 780 --batch_size 24",
+        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 850 --batch_size 24",
     ),
     "multi_chat/full_sft": (
         "multi_chat/full_sft", "sft_data.csv",
-        "--learning_rate 1.2e-3 --embedding_rate_factor 1 --epochs 2 --max_steps 400 --batch_size 16",
+        "--learning_rate 1.2e-3 --embedding_rate_factor 1 --epochs 2 --max_steps 430 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
