@@ -38,7 +38,7 @@ RECIPE = {
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
-        "--lora_name identity --lora_rank 16 --lora_alpha 16 --learning_rate 2e-3 --epochs 2 --max_steps 200 --batch_size 16",
+        "--lora_name identity --lora_rank 16 --lora_alpha 16 --learning_rate 2e-3 --epochs 2 --batch_size 16",
     ),
     "dpo": (
         "dpo", "dpo/train_data.json", "--learning_rate 1.5e-4 --sft_weight 0.1 --max_steps 37 --batch_size 16",
