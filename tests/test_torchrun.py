@@ -104,6 +104,7 @@ print(codes)
 def flags(tmp_path, small_tokenizer_path):
     # AdamW: Muon multiplies in bfloat16, which turns another order of additions into another weight.
     common = [*TINY_FLAGS, *CPU_FLAGS, "--learning_rate", "1e-3", "--log_interval", "1", "--optimizer", "adamw"]
+    common += ["--embedding_rate_factor", "1"]  # ten times the rate is ten times the rounding
     return [*common, "--tokenizer_path", str(small_tokenizer_path), "--out_dir", str(tmp_path / "out")]
 
 
