@@ -90,7 +90,7 @@ def language_model_loss(model, batch, num_items):
 
 
 def measure(batch, byte_lengths):
-    """(supervised targets, rows with any, real tokens, UTF-8 bytes of the targets, T) of a micro-batch on the CPU."""
+    """(supervised targets, rows, real tokens, UTF-8 bytes of the targets, T) of a micro-batch on the CPU."""
     targets = batch["labels"][:, 1:]
     supervised = targets != -100
     if not supervised.any():
@@ -98,7 +98,7 @@ def measure(batch, byte_lengths):
     mask = batch.get("attention_mask")
     tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
     size = int(byte_lengths[targets[supervised]].sum())
-    return int(supervised.sum()), int(supervised.any(dim=1).sum()), tokens, size, targets.shape[1] + 1
+    return int(supervised.sum()), len(targets), tokens, size, targets.shape[1] + 1
 
 
 def short_rows(settings, max_seq_len):
