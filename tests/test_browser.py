@@ -107,9 +107,18 @@ def answer(page):
 
 
 def choose(page, label, option):
-    come_to_rest(page)
-    page.get_by_test_id("stSelectbox").filter(has_text=label).locator("input").click()
-    page.get_by_role("option", name=option, exact=True).click()
+    """Choose from a list as one does by hand: opened again where the page, drawn anew in that moment, has closed it."""
+    box = page.get_by_test_id("stSelectbox").filter(has_text=label)
+    for _ in range(10):
+        come_to_rest(page)
+        page.keyboard.press("Escape")
+        box.locator("input").click()
+        try:
+            page.get_by_role("option", name=option, exact=True).click(timeout=WAIT / 10)
+        except playwright.TimeoutError:
+            continue
+        return
+    raise AssertionError(f"{label}: no option {option}")
 
 
 # By how many pixels the tallest of what scrolls is too high for the window.
