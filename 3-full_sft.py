@@ -17,7 +17,7 @@ import shlex
 
 from model.cli import add_training_flags, from_flags, script_parser, training_settings
 from model.errors import run_main
-from model.settings import PRETRAINING_ONLY, ModelSettings
+from model.settings import PRETRAINING_ONLY, SFT_RATE_TIMES_WIDTH, ModelSettings
 from model.stages import STAGES
 
 SINGLE, MULTI = STAGES["single_chat/full_sft"], STAGES["multi_chat/full_sft"]
@@ -29,9 +29,9 @@ def parse_arguments():
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
     data_path = f"{SINGLE.data_path}, with --multi {MULTI.data_path}"
     defaults = dict(data_path=data_path, wandb_project="MiniMind-Full-SFT")
-    defaults.update(learning_rate=1e-3, embedding_rate_factor=3.0)
+    defaults.update(embedding_rate_factor=3.0)
     add_training_flags(parser, epochs=3, leave_out=PRETRAINING_ONLY, **defaults)
-    parser.set_defaults(data_path=None)
+    parser.set_defaults(data_path=None, rate_times_width=SFT_RATE_TIMES_WIDTH)
     return parser.parse_args()
 
 

@@ -31,7 +31,7 @@ def parse_arguments():
     parser.add_argument("--last_turn_only", action="store_true", help="learn only the last answer of a row, as v1 did")
     defaults = dict(data_path=STAGE.data_path, wandb_project="MiniMind-LoRA", eval_interval=100, save_interval=100)
     defaults.update(optimizer="adamw", learning_rate=1e-4, weight_decay=0.0)
-    add_training_flags(parser, epochs=3, leave_out=PRETRAINING_ONLY, **defaults)
+    add_training_flags(parser, epochs=3, leave_out=(*PRETRAINING_ONLY, "embedding_rate_factor"), **defaults)
     return parser.parse_args()
 
 

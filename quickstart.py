@@ -30,15 +30,15 @@ RECIPE = {
     ),
     "single_chat/full_sft": (
         "single_chat/full_sft", "sft_data_single.csv",
-        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 850 --batch_size 24",
+        "--learning_rate 2e-3 --embedding_rate_factor 2 --epochs 2 --max_steps 740 --batch_size 24",
     ),
     "multi_chat/full_sft": (
         "multi_chat/full_sft", "sft_data.csv",
-        "--learning_rate 1.2e-3 --embedding_rate_factor 1 --epochs 2 --max_steps 430 --batch_size 16",
+        "--learning_rate 1.2e-3 --embedding_rate_factor 1 --epochs 2 --max_steps 480 --batch_size 16",
     ),
     "lora_identity": (
         "lora", "lora_identity.csv",
-        "--lora_name identity --lora_rank 16 --lora_alpha 16 --learning_rate 2e-3 --epochs 2 --batch_size 16",
+        "--lora_name identity --lora_rank 16 --learning_rate 2e-3 --epochs 2 --batch_size 16",
     ),
     "dpo": (
         "dpo", "dpo/train_data.json", "--learning_rate 1.5e-4 --sft_weight 0.1 --max_steps 37 --batch_size 16",

@@ -30,21 +30,29 @@ from decoding import cpu_name  # noqa: E402
 
 from model.cli import positive_int  # noqa: E402
 from model.errors import UserError, run_main  # noqa: E402
+from model.settings import RATE_TIMES_WIDTH, SFT_RATE_TIMES_WIDTH  # noqa: E402
 from model.stages import STAGES  # noqa: E402
 
 ORIGINAL = (
     "--dtype float32 --optimizer adamw --learning_rate 2e-4 --embedding_rate_factor 1 --beta2 0.999 --weight_decay 0 "
     "--schedule cosine --warmup_iters 0 --batch_size 8 --accumulation_steps 1 --short_rows_share 0"
 )
-# What is tried -> what it changes in the defaults: flags, or after "try" one of the ALTERNATIVES, which are worth no flag.
+# What is tried -> what it changes in the defaults: flags, with {half} and {double} the default rate, or after "try" one of the
+# ALTERNATIVES, which are worth no flag.
 SEARCH = {
     "pretrain": {
         "defaults": "",
         "the original's": ORIGINAL,
-        "AdamW, its rate as it is": "--optimizer adamw",
-        "AdamW, 3e-3": "--optimizer adamw --learning_rate 3e-3 --embedding_rate_factor 3",
-        "rates halved": "--learning_rate 1e-3",
-        "rates doubled": "--learning_rate 4e-3",
+        # The road from the one to the other, each with what those above it changed.
+        "+ bfloat16": ORIGINAL.replace("--dtype float32 ", ""),
+        "+ ten times the rate, warm-up, weight decay, beta2 0.95": "--optimizer adamw --embedding_rate_factor 1 "
+        "--schedule cosine --short_rows_share 0",
+        "+ Muon": "--embedding_rate_factor 1 --schedule cosine --short_rows_share 0",
+        "+ linear to zero": "--embedding_rate_factor 1 --short_rows_share 0",
+        "+ embedding ten times as fast": "--short_rows_share 0",
+        # Each alone.
+        "rates halved": "--learning_rate {half}",
+        "rates doubled": "--learning_rate {double}",
         "embedding as slow as the rest": "--embedding_rate_factor 1",
         "embedding twice as fast": "--embedding_rate_factor 20",
         "cosine to a tenth": "--schedule cosine",
@@ -69,8 +77,8 @@ SEARCH = {
         "defaults": "",
         "the original's": "--optimizer adamw --learning_rate 1e-4 --embedding_rate_factor 1 --weight_decay 0 "
         "--schedule cosine --warmup_iters 0 --dtype float32",
-        "rates halved": "--learning_rate 5e-4",
-        "rates doubled": "--learning_rate 2e-3",
+        "rates halved": "--learning_rate {half}",
+        "rates doubled": "--learning_rate {double}",
         "AdamW": "--optimizer adamw",
         "embedding as slow as the rest": "--embedding_rate_factor 1",
         "embedding ten times as fast": "--embedding_rate_factor 10",
@@ -240,8 +248,9 @@ def padding(args):
 
 def search(args):
     """The table of SEARCH[args.stage], printed; returns it as {row: numbers}."""
+    rate = (RATE_TIMES_WIDTH if args.stage == "pretrain" else SFT_RATE_TIMES_WIDTH) / args.dim
     wanted = {
-        name: changes
+        name: changes.format(half=f"{rate / 2:.2g}", double=f"{2 * rate:.2g}")
         for name, changes in SEARCH[args.stage].items()
         if not args.only or any(part in name for part in args.only)
     }

@@ -310,9 +310,11 @@ def panels_of(logs):
 
 def read_log(path):
     """The records of a training log, which has a step at least."""
+    from model.training import reports
+
     try:
-        records = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        records = reports.read_log(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a training log ({error})") from None
     if not any("loss" in record for record in records):
         raise UserError(f"{path}: no step in it yet")

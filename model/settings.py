@@ -11,7 +11,8 @@ from model.errors import UserError
 
 PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-RATE_TIMES_WIDTH = 0.5  # the learning rate of pretraining, times the width: docs/recipe.md
+# The learning rate times the width, docs/recipe.md: of pretraining, and of fine-tuning all weights.
+RATE_TIMES_WIDTH, SFT_RATE_TIMES_WIDTH = 0.5, 0.25
 AUTO = "auto"  # as a batch size: what fits
 ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
 
@@ -113,15 +114,16 @@ class TrainingSettings(Checked):
         least=0.001,
     )
     dry_run: bool = flag(
-        False, "measure three steps and tell what the run would need: memory, data, time; write nothing"
+        False,
+        "measure three steps and tell what the run would need: memory, data, time; write nothing but the token cache",
     )
     stop_after: int = flag(
         None, "save and leave after this step as Ctrl-C does; the schedule stays", int, least=1, metavar="STEP"
     )
     batch_size: int | str = flag(
         None,
-        "rows per forward pass of a process; auto: as many as the GPU has room for (default: 64 on a GPU, 8 elsewhere, "
-        "over all processes)",
+        "rows per forward pass of a process; auto: as many as the GPU has room for, of the 64 rows of a step unless "
+        "--accumulation_steps says otherwise (default: 64 on a GPU, 8 elsewhere, over all processes)",
         int,
         least=1,
         word=AUTO,
@@ -129,7 +131,10 @@ class TrainingSettings(Checked):
     accumulation_steps: int = flag(
         None, "forward passes per step (default: 1; with --batch_size auto what makes a step of 64 rows)", int, least=1
     )
-    learning_rate: float = flag(None, "AdamW's peak (default: {default})", float, least=0, unset="0.5 / --dim")
+    learning_rate: float = flag(
+        None, "AdamW's peak (default: {default})", float, least=0, unset="0.5 / --dim; in 3-full_sft.py 0.25 / --dim"
+    )
+    rate_times_width: float = RATE_TIMES_WIDTH  # no flag: the stage's
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)
     embedding_rate_factor: float = flag(
         10.0,
@@ -161,7 +166,9 @@ class TrainingSettings(Checked):
         least=0,
         most=1,
     )
-    short_rows: int = flag(None, "tokens of those (default: a quarter of --max_seq_len)", int, least=2)
+    short_rows: int = flag(
+        None, "tokens of those, a divisor of --max_seq_len (default: the largest up to a quarter of it)", int, least=2
+    )
     seed: int = flag(1337, "weights, order, split (default: {default})", least=0, most=2**62)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps (default: {default})")
     local_rank: int = flag(None, "which GPU of its machine a process has; launchers pass it", int, least=0)
@@ -240,7 +247,7 @@ class TrainingSettings(Checked):
 
         However many ranks share the rows of an open batch size, batches and steps are those of one process. "auto" is the
         default where there is no GPU; on one it stays, as does open accumulation (see training.batch_size). Raises
-        UserError where rows cannot be shared evenly.
+        UserError where rows cannot be shared evenly, and for a flag that would do nothing.
         """
         batch_size, accumulation = self.batch_size, self.accumulation_steps
         trying = batch_size == AUTO and device.type == "cuda"
@@ -252,18 +259,25 @@ class TrainingSettings(Checked):
                 raise UserError(f"--batch_size: {problem}; {way_out}")
             if not trying:
                 batch_size = rows // world_size
-        rate = RATE_TIMES_WIDTH / dim if self.learning_rate is None else self.learning_rate
-        muon = 10 * rate if self.muon_learning_rate is None else self.muon_learning_rate
+        rate = self.rate_times_width / dim if self.learning_rate is None else self.learning_rate
         share = self.short_rows_share
         if share is None:  # pretraining's: attention to all of a row costs a CPU a third of its time
             share = 0.8 if device.type == "cpu" else 0.0
+        if self.short_rows and not share:
+            raise UserError("--short_rows: there are none; it needs a --short_rows_share above 0", exit_code=2)
+        optimizer = self.optimizer or ("muon" if self.deepspeed is None else "adamw")
+        if self.muon_learning_rate is not None and optimizer != "muon":
+            raise UserError(
+                f"--muon_learning_rate: the optimizer is {optimizer}; it needs --optimizer muon", exit_code=2
+            )
+        muon_rate = 10 * rate if self.muon_learning_rate is None and optimizer == "muon" else self.muon_learning_rate
         return dataclasses.replace(
             self,
             batch_size=batch_size,
             accumulation_steps=accumulation or (None if trying else 1),
-            optimizer=self.optimizer or ("muon" if self.deepspeed is None else "adamw"),
+            optimizer=optimizer,
             learning_rate=rate,
-            muon_learning_rate=muon,
+            muon_learning_rate=muon_rate,
             short_rows_share=share,
         )
 

@@ -142,3 +142,7 @@ def test_a_log_without_validations_or_steps(tmp_path):
     pyplot.close(figure)
     with pytest.raises(UserError, match="0.jsonl: no step in it yet"):
         curves(tmp_path, PAIRS[:1])
+    with open(tmp_path / "0.jsonl", "w") as log:  # of a run that was killed while it wrote
+        log.writelines(json.dumps(record) + "\n" for record in TOKENS[1:3])
+        log.write('{"step": 99, "lo')
+    assert runpy.run_path(str(ROOT / "images" / "draw.py"))["read_log"](tmp_path / "0.jsonl") == TOKENS[1:3]

@@ -8,15 +8,20 @@ result is the only number of the answer that the question does not give.
 import itertools
 from operator import add, mul, sub
 
+from model.errors import UserError
+
 CALCULATIONS = {"addition": add, "subtraction": sub, "multiplication": mul}
 NUMERALS = "零一二三四五六七八九"
 
 
 def all_problems(tables):
     """Yield {a, b, c, word, sign, steps, task} for every pair of operands in the ranges of arithmetic.json whose result is
-    not negative; steps is "" where both have one digit."""
+    not negative; steps is "" where both have one digit. UserError for numbers that steps cannot work out."""
     for task in filter(CALCULATIONS.get, tables):
         words = tables[task]
+        for side, most in (("left", 99), ("right", 9 if task == "multiplication" else 99)):
+            if not 0 <= words[side][0] <= words[side][1] <= most:
+                raise UserError(f"arithmetic.json: {task}: {side} is {words[side]}, which must be within 0 and {most}")
         for a, b in itertools.product(*(range(low, high + 1) for low, high in (words["left"], words["right"]))):
             if (c := CALCULATIONS[task](a, b)) >= 0:
                 problem = {"a": a, "b": b, "c": c, "word": words["word"], "sign": words["sign"], "task": task}

@@ -110,7 +110,7 @@ def make_training_files(kind, raw, target, directory, workers):
 
 
 def write_raw_files(
-    directory, world, pretrain_bytes=1_600_000, phrasings=9, conversations=5400, sums=8000, recalls=3500
+    directory, world, pretrain_bytes=1_600_000, phrasings=9, conversations=5400, sums=6000, recalls=2500
 ):
     """Write what the stages train on into `directory`, in the formats of the real corpora; return {kind: path}.
 

@@ -25,22 +25,25 @@ class Values:
         """words: the slot's entry; known_text: all that tables say, where no unseen value may occur. UserError naming
         `place` when "made" is incomplete or too small."""
         self.place, self.listed, self.made = place, words["values"], words.get("made", {})
+        if self.made and not self.made.get("patterns"):
+            raise UserError(f'{place}: "made" has no "patterns"')
         self.known_text, self.unseen, self.unseen_parts = known_text, [], []
         self.unseen = self.sample(rng, "unseen", UNSEEN)
         self.unseen_parts = self.sample(rng, "unseen_parts", UNSEEN_PARTS)
 
     def sample(self, rng, patterns, count):
         """`count` values of these patterns which are not in known_text."""
-        found, patterns = {}, self.made.get(patterns, ())
-        for _ in range(100 * count if patterns else 0):
+        patterns = self.made.get(patterns)
+        if not patterns:
+            return []
+        found = {}
+        for _ in range(100 * count):
             value = self.fill(rng, rng.choice(patterns))
             if value not in self.known_text:
                 found[value] = None
             if len(found) == count:
                 return list(found)
-        if patterns:
-            raise UserError(f'{self.place}: "made" gives less than {count} values that are not in the tables')
-        return []
+        raise UserError(f'{self.place}: "made" gives less than {count} values that are not in the tables')
 
     def fill(self, rng, pattern):
         try:
@@ -48,11 +51,12 @@ class Values:
         except (KeyError, IndexError):
             raise UserError(f'{self.place}: "made" lacks a part of its pattern {pattern}') from None
 
-    def draw(self, rng, made_share=0.75):
+    def draw(self, rng, made_share=0.65):
         """A value for training: a listed one or, in `made_share` of the cases, a new one that holds none of the unseen."""
         if not self.made or rng.random() >= made_share:
             return rng.choice(self.listed)
-        while True:
+        for _ in range(1000):
             value = self.fill(rng, rng.choice(self.made["patterns"]))
-            if not any(unseen in value for unseen in self.unseen):
+            if not any(unseen in value for unseen in (*self.unseen, *self.unseen_parts)):
                 return value
+        raise UserError(f'{self.place}: "made" gives no more values than the {UNSEEN} that are kept for the test')

@@ -308,7 +308,9 @@ class DemoWorld:
 
     def draw_sum(self, rng, easy_share=0.2):
         """A sum of any kind, `easy_share` of them of single digits: what the others are made of."""
-        return rng.choice(self.sums_of[rng.choice(self.tasks), rng.random() >= easy_share])
+        task, in_steps = rng.choice(self.tasks), rng.random() >= easy_share
+        # Where the tables have sums of one sort only, these.
+        return rng.choice(self.sums_of[task, in_steps] or self.sums_of[task, not in_steps])
 
     def sums(self, rng):
         while True:
@@ -318,7 +320,7 @@ class DemoWorld:
         """Single steps of sums."""
         while True:
             steps = [rng.choice(self.draw_sum(rng, easy_share=0)["steps"].split("；")[:2]) for _ in range(14)]
-            yield "；".join(steps) + "。"
+            yield "；".join(filter(None, steps)) + "。"
 
     def sum_statement(self, rng, problem):
         patterns = self.arithmetic["statements_in_steps" if problem["steps"] else "statements"]
@@ -348,10 +350,12 @@ class DemoWorld:
     def multi_turns(self, count):
         """`count` conversations, lists of [question, answer]: recalling what was told, asking on with less words, sums."""
         rng = self.random("multi")
-        facts, followups, ellipses = deck(self.facts, rng), deck(self.followups, rng), deck(self.ellipses, rng)
+        # How to ask is learned from all facts of a kind, so those of small kinds come twice.
+        rare = [fact for fact in self.facts if len(self.by_relation[fact.relation]) <= 20]
+        facts, followups, ellipses = deck(self.facts + rare, rng), deck(self.followups, rng), deck(self.ellipses, rng)
         for _ in range(count):
             kind = rng.random()
-            if kind < 0.68:
+            if kind < 0.65:
                 yield self.conversation(rng, facts)
             elif kind < 0.73:
                 yield self.untold(rng, facts)

@@ -144,8 +144,9 @@ def meta_model(config):
 
 def counted_activations(trainer, row):
     """Bytes that autograd keeps for the row `row` of the data, or another as long, of a forward pass of this run's own loss,
-    without checkpointing. Evaluation mode switches off what would drop or compute again, and nothing else."""
+    without checkpointing."""
     model, training = trainer.model, trainer.model.training
+    checkpointing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     one = torch.ones((), device=trainer.device)
 
     def forward(rows):
@@ -154,10 +155,14 @@ def counted_activations(trainer, row):
             loss, aux_loss = trainer.loss_function(model, batch, one)
             return loss + aux_loss
 
-    model.eval()
+    model.train()
     try:
+        for module in checkpointing:
+            module.gradient_checkpointing = False
         return kept_for_backward(forward)
     finally:
+        for module in checkpointing:
+            module.gradient_checkpointing = True
         trainer.further_numbers()  # what a preference loss has noted
         model.train(training)
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import datetime
 import math
+import operator
 import time
 
 import numpy as np
@@ -28,10 +29,7 @@ def rehearse(trainer):
     """
     with unchanged(trainer):
         most, measured = measure(trainer)
-        if (
-            trainer.schedule.progress(trainer.state.step, trainer.state.train_seconds)
-            < trainer.settings.short_rows_share
-        ):
+        if trainer.rows_are_short and trainer.settings.short_rows_share < 1:
             most, measured["whole_rows"] = measure(trainer, whole_rows=True)
         found = dict(parameters=parameters(trainer), memory={**memory(trainer), "measured": most}, data=data(trainer))
         found["time"] = duration(trainer, measured)
@@ -47,8 +45,9 @@ def measure(trainer, whole_rows=False):
     warm_up = 2 if settings.compile else 1
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
-    step, elapsed = last_part(trainer) if whole_rows else (state.step, state.train_seconds)
-    trainer.state = dataclasses.replace(state, step=step, first_step=step, train_seconds=elapsed)
+    short_rows = trainer.short_rows
+    trainer.state = dataclasses.replace(state, first_step=state.step)
+    trainer.short_rows = None if whole_rows else short_rows
     trainer.model.train()
     window, seconds = collections.Counter(), 0.0
     try:
@@ -64,25 +63,25 @@ def measure(trainer, whole_rows=False):
             clock = time.perf_counter()
         trainer.further_numbers()  # what a preference loss has noted
     finally:
-        trainer.state = state
+        trainer.state, trainer.short_rows = state, short_rows
         trainer.train_loader.load_state_dict(position)
     seconds = ranks.sum_over_ranks([seconds])[0] / ranks.world_size()  # all ranks tell the same
     return peak_memory(trainer.device), {"tokens": int(window["tokens"]), "seconds": seconds}
 
 
-def last_part(trainer):
-    """(step, seconds) with which the last part of a run begins, the one of whole rows."""
-    schedule, share = trainer.schedule, trainer.settings.short_rows_share
-    if schedule.total_steps < math.inf:
-        return schedule.warmup_steps + math.ceil(share * (schedule.total_steps - schedule.warmup_steps)), 0.0
-    return trainer.state.step, share * schedule.seconds
+def first_whole_step(schedule, share):
+    """The step with which the last part of a run begins, the one of whole rows."""
+    return schedule.warmup_steps + math.ceil(share * (schedule.total_steps - schedule.warmup_steps))
 
 
 def parameters(trainer):
     """{"total", "working" (on one token), "trained"}."""
-    total, working = count_parameters(trainer.model)
+    total = sum(whole_size(parameter) for parameter in trainer.model.parameters())
+    idle = operator.sub(
+        *count_parameters(costs.meta_model(trainer.model.config))
+    )  # a stock class names experts otherwise
     trained = sum(whole_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
-    return {"total": total, "working": working, "trained": trained}
+    return {"total": total, "working": total - idle, "trained": trained}
 
 
 def kernels(trainer):
@@ -113,7 +112,7 @@ def memory(trainer):
         )
         if settings.offload:  # to the host
             held[optimizer]["optimizer"] = 0
-        held[optimizer]["beside"] = (costs.FLOAT + copies) * trainer.parameters_beside
+        held[optimizer]["beside"] = costs.FLOAT * trainer.parameters_beside  # autocast keeps no copy of what is frozen
     size, tokens = settings.batch_size, labels.numel()
     table = {
         (optimizer, checkpointing): {
@@ -154,21 +153,21 @@ def data(trainer):
 
 def duration(trainer, measured):
     """Pace, steps that are left, seconds that they take; with --max_minutes how many fit into what is left of them."""
-    schedule, state = trainer.schedule, trainer.state
+    schedule, state, share = trainer.schedule, trainer.state, trainer.settings.short_rows_share
     tokens_of_step = trainer.train_loader.dataset.num_tokens / trainer.steps_per_epoch
     paces = [part["tokens"] / part["seconds"] for part in (measured, measured.get("whole_rows", measured))]
     steps = [tokens_of_step / pace for pace in paces]  # seconds of one with short rows, of one with whole ones
     found = {"tokens_per_second": paces, "seconds_per_step": steps, "tokens_of_step": tokens_of_step}
     left, seconds = schedule.total_steps - state.step, math.inf
     if left < math.inf:
-        short = min(left, max(0, last_part(trainer)[0] - state.step))
+        short = min(left, max(0, first_whole_step(schedule, share) - state.step))
         seconds = short * steps[0] + (left - short) * steps[1]
     if schedule.seconds < math.inf:
         if not state.step:
             trainer.check_minutes(measured["seconds"] * 3 / MEASURED)
         there = max(0.0, schedule.seconds - state.train_seconds)
         if seconds > there:
-            short = min(there, max(0.0, trainer.settings.short_rows_share * schedule.seconds - state.train_seconds))
+            short = min(there, max(0.0, share * schedule.seconds - state.train_seconds))
             left, seconds = int(short / steps[0] + (there - short) / steps[1]), there
         found["fitting"] = left
     return {**found, "steps": left, "total": state.step + left, "seconds": seconds}
@@ -220,7 +219,7 @@ def lines(trainer, found):
         *data_lines(trainer, found["data"]),
         *time_lines(trainer, found["time"]),
         *preset_lines(found["presets"]),
-        "dry run: nothing was written; the same command without --dry_run starts",
+        "dry run: nothing was written but the token cache; the same command without --dry_run starts",
     ]
 
 

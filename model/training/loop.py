@@ -106,7 +106,10 @@ def short_rows(settings, max_seq_len):
     max_seq_len."""
     if not settings.short_rows_share:
         return None
-    length = settings.short_rows or max(2, max_seq_len // 4)
+    parts = [part for part in range(2, max_seq_len // 4 + 1) if max_seq_len % part == 0]
+    length = settings.short_rows or max(parts, default=None)
+    if length is None:
+        return None
     if max_seq_len % length:
         problem = f"{length} is no part of the {max_seq_len} of --max_seq_len; give a divisor, or --short_rows_share 0"
         raise UserError(f"--short_rows: {problem}", exit_code=2)
@@ -199,6 +202,12 @@ class Trainer:
     @property
     def steps_per_epoch(self):
         return math.ceil(len(self.train_loader) / self.settings.accumulation_steps)
+
+    @property
+    def rows_are_short(self):
+        """Whether the next step cuts its rows. (Of a run by the clock some ranks may do so a step longer than others.)"""
+        done = self.schedule.progress(self.state.step, self.state.train_seconds)
+        return self.short_rows is not None and done < self.settings.short_rows_share
 
     @property
     def stop_is_due(self):
@@ -368,6 +377,7 @@ class Trainer:
                     self.check_minutes(state.train_seconds + took)
                 except UserError:
                     self.log.discard()
+                    self.samples.discard()
                     raise
             self.log.advance()
             done = state.finished or state.stopping or self.stop_is_due
@@ -427,8 +437,8 @@ class Trainer:
     def train_step(self, batches, window):
         """One optimizer step over `batches`, as if they were one large batch; adds its numbers to `window`. Returns
         False, and has changed nothing but gradients, when it was asked to stop before the step could be completed."""
-        state, settings = self.state, self.settings
-        if self.schedule.progress(state.step, state.train_seconds) < settings.short_rows_share:
+        state = self.state
+        if self.rows_are_short:
             batches = [cut_rows(batch, self.short_rows) for batch in batches]
         counts = [self.measure(batch) for batch in batches]
         flops = 0  # counted only where they become an MFU: the parameters are walked through for every micro-batch

@@ -23,6 +23,11 @@ POINTS, VALIDATIONS = 90, 10  # kept of a log, at most
 # The context is part of the shape here: the farther a token sees, the lower its loss.
 SHAPE = (*(name for name in CONFIG_FIELDS if name not in FREE_FIELDS), "max_seq_len")
 REQUIRED = ("stage", "config", "data")
+# Settings that bend the curve of the loss.
+RECIPE = (
+    "optimizer", "learning_rate", "muon_learning_rate", "embedding_rate_factor", "schedule", "decay_share", "weight_decay",
+    "beta1", "beta2", "short_rows_share",
+)  # fmt: skip
 TOLD = (*REQUIRED, "typical", "recipe", "device", "command", "tokenizer_hash", "tokens_seen", "train_seconds")
 
 
@@ -88,8 +93,9 @@ def describe_run(trainer, data):
         config={name: getattr(trainer.model.config, name) for name in SHAPE},
         data=dict(name=data.cache.name, rows=len(data), fingerprint=data.fingerprint),
         recipe={
-            **{f"--{name}": getattr(settings, name) for name in ("optimizer", "learning_rate", "schedule")},
+            **{f"--{name}": getattr(settings, name) for name in RECIPE},
             "rows a step": rows,
+            **({"steps in all": trainer.schedule.total_steps} if trainer.schedule.total_steps < math.inf else {}),
         },
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         command=command_line(without={"--resume": 0, "--overwrite": 0, "--stop_after": 1}),

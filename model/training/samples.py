@@ -55,7 +55,10 @@ class Samples:
         return ids
 
     def start(self):
-        """Learn from the log, which a resumed run goes on with, of which step the last samples are."""
+        """Learn from the log, which a resumed run goes on with, of which step the last samples are. A table that a killed
+        run has left beside another's is no run's any more."""
+        if ranks.is_main():
+            self.new_table.unlink(missing_ok=True)
         if not self.interval:
             return
         steps = [record["step"] for record in read_log(self.trainer.log.current) if "samples" in record]
@@ -126,26 +129,35 @@ class Samples:
 
     def write_table(self):
         """Write the Markdown file beside the log, of all samples in it: beside that of an earlier run as long as the log is."""
-        log = self.trainer.log
-        target = self.table_path
-        if log.current != log.path:
-            target = target.with_name(f"{target.name}.new")
         try:
-            with atomic_write(target, "w", encoding="utf-8") as handle:
-                handle.write(table(self.trainer.run_name, read_log(log.current)))
+            with atomic_write(self.current_table, "w", encoding="utf-8") as handle:
+                handle.write(table(self.trainer.run_name, read_log(self.trainer.log.current)))
         except OSError as error:  # a full disk ends the run when it saves
-            warn(f"{target}: {error.strerror}; the samples are in the log alone")
+            warn(f"{self.current_table}: {error.strerror}; the samples are in the log alone")
 
     @property
     def table_path(self):
         return self.trainer.log.path.with_name(f"{self.trainer.run_name}_samples.md")
 
+    @property
+    def new_table(self):
+        return self.table_path.with_name(f"{self.table_path.name}.new")
+
+    @property
+    def current_table(self):
+        log = self.trainer.log
+        return self.table_path if log.current == log.path else self.new_table
+
     def keep(self):
         """The run's first checkpoint is written: its table takes the place of an earlier run's, as its log does."""
-        new = self.table_path.with_name(f"{self.table_path.name}.new")
-        if new.exists():
+        if self.new_table.exists():
             with contextlib.suppress(OSError):
-                new.replace(self.table_path)
+                self.new_table.replace(self.table_path)
+
+    def discard(self):
+        """The table of a run that has no checkpoint goes, as its log does."""
+        if self.interval and ranks.is_main():
+            self.current_table.unlink(missing_ok=True)
 
 
 def prompts_of(stage, file):

@@ -50,7 +50,7 @@ class DataParallel:
         runner = self.model
         if ranks.world_size() > 1:
             device_ids = [device.index] if device.type == "cuda" else None
-            runner = nn.parallel.DistributedDataParallel(self.model, device_ids)
+            runner = nn.parallel.DistributedDataParallel(self.model, device_ids, gradient_as_bucket_view=True)
         return torch.compile(runner, dynamic=dynamic) if settings.compile else runner
 
     def micro_batch(self, last):

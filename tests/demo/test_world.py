@@ -443,6 +443,36 @@ def test_bad_tables_are_named(tables):
         DemoWorld(directory=tables)
 
 
+@pytest.mark.parametrize(
+    "task, side, numbers",
+    [("addition", "left", [0, 999]), ("multiplication", "right", [0, 12]), ("subtraction", "right", [5, 3])],
+)
+def test_sums_that_cannot_be_worked_out_are_named(tables, task, side, numbers):
+    change_sums(tables, **{task: {side: numbers}})
+    with pytest.raises(
+        UserError, match=rf"arithmetic\.json: {task}: {side} is \[{numbers[0]}, {numbers[1]}\], which must be"
+    ):
+        DemoWorld(directory=tables)
+
+
+@pytest.mark.parametrize("left", [[10, 99], [0, 9]])
+def test_sums_of_one_sort_only(tables, left):
+    """There is not always a sum of single digits, nor one in steps."""
+    change_sums(tables, addition={"left": left, "right": [0, 9]}, multiplication={"left": left})
+    world = DemoWorld(directory=tables)
+    sums = [world.draw_sum(world.random("test")) for _ in range(50)]
+    assert {problem["task"] for problem in sums} <= set(world.tasks)
+    assert len([text for text in world.pretrain_rows(200_000) if "；；" in text["text"]]) == 0
+
+
+def change_sums(tables, **changes):
+    path = tables / "arithmetic.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for task, change in changes.items():
+        table[task].update(change)
+    path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+
+
 def test_another_name(tables, tmp_path):
     table = json.loads((tables / "identity.json").read_text("utf-8"))
     text = json.dumps({**table, "name": "小海", "maker": "青山项目"}, ensure_ascii=False)

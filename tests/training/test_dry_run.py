@@ -1,15 +1,18 @@
 """--dry_run: what it tells, against counts by hand; that it leaves everything as it was."""
 
+import collections
 import json
 import math
 import re
 
 import pytest
 import torch
+from test_costs import most_held
 from test_dpo_train import PAIR
 from test_loop import make_trainer, weights
 
 from conftest import CPU_FLAGS, TINY_FLAGS, assert_one_line_error, files, good, run_two_ranks, save_chat
+from model.checkpoint import load_model
 from model.errors import UserError
 from model.training import dry_run
 from model.training.resume import random_state
@@ -128,6 +131,53 @@ def test_short_rows_have_a_pace_of_their_own(pretrain_csv, tmp_path, tokenizer):
     assert "with rows of 8 tokens" in "".join(dry_run.lines(run, found))
 
 
+@pytest.mark.parametrize("share, minutes, lengths", [(0.8, 2.7, [8, 32]), (1, 5, [8])])
+def test_whole_rows_are_measured_as_such_if_there_will_be_any(
+    pretrain_csv, tmp_path, tokenizer, share, minutes, lengths
+):
+    """Also where the clock alone decides, and 0.8 * seconds / seconds is a little less than 0.8."""
+    words = ("--max_minutes", minutes, "--short_rows_share", share, "--short_rows", 8)
+    run, seen = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer), []
+    measure = run.measure
+    run.measure = lambda batch: seen.append(batch["input_ids"].shape[1]) or measure(batch)
+    text = "".join(dry_run.lines(run, dry_run.rehearse(run)))
+    assert seen == [length for length in lengths for _ in range(4)]
+    assert ("with whole ones" in text) == (len(lengths) == 2)
+
+
+def test_of_a_policy_some_experts_are_at_work_too(run, out, chat_flags, tmp_path, small_tokenizer):
+    model, _ = load_model(save_chat(out / "multi_chat/full_sft_32_moe.pth", small_tokenizer, use_moe=True))
+    config, sizes = model.config, {name: parameter.numel() for name, parameter in model.named_parameters()}
+    expert = sum(size for name, size in sizes.items() if name.startswith("layers.0.feed_forward.experts.0."))
+    idle = (config.n_routed_experts - config.num_experts_per_tok) * config.n_layers * expert
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{**PAIR, "chosen": "面条" * (row + 1)} for row in range(20)]))
+    text = good(run("5-dpo_train.py", *chat_flags, "--use_moe", "--data_path", pairs, "--dry_run"))
+    total = sum(sizes.values())
+    assert f"parameters: {total:,}, {total - idle:,} of them at work on a token; all of them train" in text
+
+
+def test_what_is_frozen_beside_the_model_has_no_copy_in_16_bits(pretrain_csv, tmp_path, tokenizer, monkeypatch):
+    run = make_trainer(pretrain_csv, tmp_path, "--dtype", "bfloat16", tokenizer=tokenizer)
+    monkeypatch.setattr(run, "parameters_beside", 1000, raising=False)
+    assert dry_run.memory(run)["held"]["adamw"]["beside"] == 4000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_what_it_counts_is_the_memory_of_the_runs_own_step(pretrain_csv, tmp_path, tokenizer, dtype, dropout):
+    """What a step takes besides weights and the optimizer's state, within a fifth."""
+    words = ("--dim", 128, "--n_heads", 4, "--n_layers", 3, "--dropout", dropout, "--dtype", dtype, "--batch_size", 16)
+    run = make_trainer(pretrain_csv, tmp_path, *words, tokenizer=tokenizer)
+    needs, window = dry_run.memory(run), collections.Counter()
+    held = needs["held"]["muon"]
+    estimate = needs["table"]["muon", False][16] - held["weights"] - held["optimizer"]
+    run.model.train()
+    batches, _ = next(run.step_batches())
+    run.train_step(batches, window)  # which makes the optimizer's state
+    assert estimate == pytest.approx(most_held(lambda: run.train_step(batches, window)), rel=0.2)
+
+
 def test_other_presets_scale_by_work_and_size(pretrain_csv, tmp_path):
     from model.build import build_model
     from model.data.dataset import open_pretrain_data
@@ -223,7 +273,10 @@ def test_every_stage_tells_and_writes_nothing(script, run, words, tmp_path, smal
     for part in ("parameters: ", "memory, estimated: ", "--gradient_checkpointing", "> ", "tokens/s", "of training"):
         assert part in text
     assert ("a parameter (about 20" in text) == (script == "1-pretrain.py")
-    assert text.splitlines()[-1] == "dry run: nothing was written; the same command without --dry_run starts"
+    assert (
+        text.splitlines()[-1]
+        == "dry run: nothing was written but the token cache; the same command without --dry_run starts"
+    )
     trained = re.search(r"parameters: (\S+); (.*) train", text)
     assert (trained[2] != "all of them") == (script == "4-lora_sft.py")
     assert ("the frozen reference" in text) == (script == "5-dpo_train.py")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import sys
 import time
 import types
@@ -14,7 +15,7 @@ import types
 import pytest
 import torch
 
-from conftest import TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS
 from model.build import build_model
 from model.cli import add_training_flags, from_flags, training_settings
 from model.data.dataset import open_pretrain_data, open_sft_data
@@ -377,7 +378,7 @@ def test_frozen_parameters_are_left_alone(tokenizer):
     assert groups and all(model.tok_embeddings.weight is not p for group in groups for p in group["params"])
 
 
-def test_without_a_choice_muon_works_and_with_deepspeed_adamw(tokenizer):
+def test_without_a_choice_muon_works_and_with_deepspeed_adamw(monkeypatch):
     open_choice, device = TrainingSettings(learning_rate=3e-3), torch.device("cpu")
     assert open_choice.resolved(device, 1).optimizer == "muon"
     assert dataclasses.replace(open_choice, deepspeed="auto").resolved(device, 1).optimizer == "adamw"
@@ -386,6 +387,31 @@ def test_without_a_choice_muon_works_and_with_deepspeed_adamw(tokenizer):
         assert TrainingSettings().resolved(device, 1, dim).muon_learning_rate == pytest.approx(10 * rate, rel=1e-3)
     resolved = open_choice.resolved(device, 1, 192)
     assert resolved.muon_learning_rate == pytest.approx(3e-2)
+    monkeypatch.setattr(sys, "argv", ["3-full_sft.py"])
+    args = runpy.run_path(ROOT / "3-full_sft.py")["parse_arguments"]()
+    assert training_settings(args).resolved(device, 1, 512).learning_rate == pytest.approx(4.883e-4, rel=1e-3)
+
+
+def test_flags_that_would_do_nothing_are_refused():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for given, device, line in (
+        (dict(muon_learning_rate=0.1, optimizer="adamw"), cpu, "--muon_learning_rate: the optimizer is adamw"),
+        (dict(muon_learning_rate=0.1, deepspeed="auto"), gpu, "--muon_learning_rate: the optimizer is adamw"),
+        (dict(short_rows=64, short_rows_share=None), gpu, "--short_rows: there are none"),
+        (dict(short_rows=64, short_rows_share=0.0), cpu, "--short_rows: there are none"),
+    ):
+        with pytest.raises(UserError, match=line) as caught:
+            TrainingSettings(**given).resolved(device, 1)
+        assert caught.value.exit_code == 2
+    assert TrainingSettings(short_rows=64, short_rows_share=None).resolved(cpu, 1).short_rows == 64
+
+
+@pytest.mark.parametrize(
+    "max_seq_len, length", [(512, 128), (510, 102), (250, 50), (9, None), (15, 3), (251, None), (2, None)]
+)
+def test_unless_told_otherwise_short_rows_are_the_largest_part_up_to_a_quarter(max_seq_len, length):
+    assert loop.short_rows(TrainingSettings(short_rows_share=0.5), max_seq_len) == length
+    assert loop.short_rows(TrainingSettings(), max_seq_len) is None
 
 
 def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv, tmp_path, tokenizer):
@@ -406,8 +432,9 @@ def test_short_rows_hold_the_same_tokens_until_their_share_is_over(pretrain_csv,
     whole, rows = run("--out_dir", tmp_path / "whole")
     short, pieces = run("--short_rows_share", 0.5, "--out_dir", tmp_path / "short")
     assert [ids.shape[1] for ids, _ in pieces] == [8] * 4 + [32] * 4 and {ids.shape[1] for ids, _ in rows} == {32}
-    for piece, row in zip(pieces, rows):
-        assert all(torch.equal(cut.flatten(), full.flatten()) for cut, full in zip(piece, row))
+    for (ids, labels), (whole_ids, whole_labels) in zip(pieces, rows):
+        assert torch.equal(ids.flatten(), whole_ids.flatten()) and (labels[:, 0] == -100).all()
+        assert torch.equal(labels[:, 1:], whole_labels.reshape(labels.shape)[:, 1:])
     assert short.state.tokens_seen == whole.state.tokens_seen
     # The first token of each piece has nothing before it and is no target.
     assert short.state.supervised_tokens_seen == sum(int((labels[:, 1:] != -100).sum()) for _, labels in pieces)

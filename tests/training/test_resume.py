@@ -31,6 +31,7 @@ VARIANTS = {
     "muon and dropout": ["--optimizer", "muon", "--dropout", 0.2],
     "moe": ["--use_moe", "--dtype", "bfloat16"],
     "float16": ["--dtype", "float16"],
+    "short rows": ["--short_rows_share", 0.8, "--short_rows", 8],
     "sft": ["--accumulation_steps", 2, "--dropout", 0.1],
 }
 

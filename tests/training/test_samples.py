@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from test_dry_run import slow
 from test_loop import make_trainer, records, weights
 
 from conftest import CPU_FLAGS, TINY_FLAGS, assert_one_line_error, good, run_two_ranks, save_chat, write_csv
@@ -160,6 +161,29 @@ def test_an_earlier_run_keeps_its_table_until_the_first_checkpoint(sft_csv, tmp_
     second.train()
     assert seen[0] == before and seen[1] != before and "| 2 |" in seen[1] and "| 3 |" not in seen[1]
     assert not list(first.log.path.parent.glob("*.new"))
+    # A run that was killed before its first checkpoint has left this; neither a run without samples nor one that goes on
+    # takes it for its own.
+    before = table_of(second)
+    for words in (WORDS, [*WORDS, "--sample_interval", 1, "--sample_prompts", prompts]):
+        second.samples.new_table.write_text("another run's")
+        third = make_trainer(sft_csv, tmp_path, *words, "--max_steps", 20, "--seed", 2, tokenizer=tokenizer, sft=True)
+        third.resume()
+        third.train()
+        assert table_of(third).startswith(before.rstrip()[:200]) and "another run's" not in table_of(third)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_had_too_little_time_leaves_no_table(sft_csv, tmp_path, tokenizer, prompts, monkeypatch, earlier):
+    words = [*WORDS, "--sample_interval", 1, "--sample_prompts", prompts]
+    if earlier:
+        make_trainer(sft_csv, tmp_path, *words, tokenizer=tokenizer, sft=True).train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "logs").glob("*.md*")}
+    run = make_trainer(sft_csv, tmp_path, *words, "--max_minutes", 0.1, "--overwrite", tokenizer=tokenizer, sft=True)
+    slow(monkeypatch, seconds=2.5)
+    with pytest.raises(UserError, match="--max_minutes 0.1"):
+        run.train()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "logs").glob("*.md*")} == before
+    assert len(before) == earlier
 
 
 def test_cells_of_the_table():
