@@ -205,9 +205,13 @@ class Trainer:
 
     @property
     def rows_are_short(self):
-        """Whether the next step cuts its rows. (Of a run by the clock some ranks may do so a step longer than others.)"""
-        done = self.schedule.progress(self.state.step, self.state.train_seconds)
-        return self.short_rows is not None and done < self.settings.short_rows_share
+        """Whether the next step cuts its rows. Every rank asks, for in a run by the clock they follow one."""
+        if self.short_rows is None:
+            return False
+        seconds = self.state.train_seconds
+        if self.schedule.seconds < math.inf:
+            seconds = ranks.sum_over_ranks([seconds])[0] / ranks.world_size()
+        return self.schedule.progress(self.state.step, seconds) < self.settings.short_rows_share
 
     @property
     def stop_is_due(self):

@@ -109,9 +109,15 @@ def test_a_run_like_the_reference_meets_its_own_losses(run, trained, folder):
 def test_a_run_far_above_says_what_it_does_differently(run, trained, folder):
     flags, first, log = trained
     good(draw(run, log, folder / "one.jsonl"))
-    text = good(run("1-pretrain.py", *flags, "--out_dir", first.parent / "second", "--learning_rate", 1e-5))
+    words = ("--learning_rate", 1e-5, "--embedding_rate_factor", 2)
+    text = good(run("1-pretrain.py", *flags, "--out_dir", first.parent / "second", *words))
     (warning,) = [line for line in text.splitlines() if "warning: " in line]
-    assert "usual here (one.jsonl): this run has --learning_rate 1e-05 instead of 0.01" in warning
+    others = (
+        "--learning_rate 1e-05 instead of 0.01",
+        "--muon_learning_rate 0.0001 instead of 0.1",
+        "--embedding_rate_factor 2.0 instead of 10.0",
+    )
+    assert f"usual here (one.jsonl): this run has {', '.join(others)}" in warning
 
 
 def test_other_data_is_compared_by_bits_where_the_reference_is_typical(run, trained, folder, tmp_path):
@@ -170,6 +176,7 @@ def test_a_reference_needs_log_and_checkpoint(run, trained, tmp_path, folder):
     flags, first, log = trained
     header, *points = map(json.loads, reference_lines(log))
     assert header["stage"] == "pretrain" and header["recipe"]["rows a step"] == 4 and header["config"]["dim"] == 32
+    assert header["recipe"]["steps in all"] == 60 and header["recipe"]["--embedding_rate_factor"] == 10
     assert header["data"]["name"] == "pretrain" and "1-pretrain.py --dim 32" in header["command"]
     assert points[0]["step"] == 0 and "validation_loss" in points[0] and len(points) <= 100
     assert_one_line_error(draw(run, tmp_path / "none.jsonl", tmp_path / "x"), "none.jsonl", "no training log")
