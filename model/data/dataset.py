@@ -235,7 +235,8 @@ def _batch(input_ids, labels, lengths, width):
 def cut_rows(batch, length):
     """A batch of full rows [B, T] as one of rows [B * T / length, length] of the same tokens. (The first token of each has
     nothing before it, so it is no target.)"""
-    cut = {name: tensor.reshape(-1, length).clone() for name, tensor in batch.items()}
+    cut = {name: tensor.reshape(-1, length) for name, tensor in batch.items()}
+    cut["labels"] = cut["labels"].clone()
     cut["labels"][:, 0] = IGNORED
     return cut
 

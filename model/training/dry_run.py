@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import datetime
 import math
-import operator
 import time
 
 import numpy as np
@@ -77,11 +76,9 @@ def first_whole_step(schedule, share):
 def parameters(trainer):
     """{"total", "working" (on one token), "trained"}."""
     total = sum(whole_size(parameter) for parameter in trainer.model.parameters())
-    idle = operator.sub(
-        *count_parameters(costs.meta_model(trainer.model.config))
-    )  # a stock class names experts otherwise
+    own, working = count_parameters(costs.meta_model(trainer.model.config))  # a stock class names experts otherwise
     trained = sum(whole_size(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad)
-    return {"total": total, "working": total - idle, "trained": trained}
+    return {"total": total, "working": total - (own - working), "trained": trained}
 
 
 def kernels(trainer):

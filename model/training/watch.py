@@ -130,7 +130,7 @@ class Watch:
             others = [
                 f"{name} {value} instead of {theirs[name]}"
                 for name, value in own.items()
-                if theirs.get(name, value) != value
+                if value is not None and theirs.get(name) not in (None, value)
             ]
             what = (
                 f"loss {record['loss']:.2f}, and {expected:.2f} is usual here ({self.expectation.reference.path.name})"
