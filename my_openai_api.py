@@ -5,7 +5,8 @@ at once, answers 503 while the model loads, and then prints what it serves. Ctrl
 has begun; a second one cuts them off.
 
     python my_openai_api.py
-    python my_openai_api.py --checkpoint out/dpo_512.pth --lora law=out/lora_law_512.pth    # "model": "law" picks it
+    python my_openai_api.py --checkpoint out/multi_chat/full_sft_512.pth --lora identity=out/lora_identity_512.pth
+                                                    # "model": "identity" picks it
     MINIMIND_API_KEY=secret python my_openai_api.py --host 0.0.0.0 --port 8080
 
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" -d '{"model": "model-identifier",
@@ -45,7 +46,7 @@ def parse_arguments():
 
 
 def named_file(text):
-    """argparse type: ("law", "out/lora_law_512.pth") of "law=out/lora_law_512.pth"."""
+    """argparse type: ("identity", "out/lora_identity_512.pth") of "identity=out/lora_identity_512.pth"."""
     name, equals, file = text.partition("=")
     if not (name and equals and file):
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text}")

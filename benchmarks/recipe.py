@@ -7,7 +7,7 @@
 The first trains one model by the original's recipe, written as flags of 1-pretrain.py (ORIGINAL, below), for --seconds, and
 the same one by the defaults for a sixteenth of that. It differs from the original in one thing that helps it: its rows are
 packed, where the original's were padded to 512 tokens. --search trains once for each row of its table and each of --seeds,
---jobs at a time with one thread each, so equally disturbed ones. Seconds are those that --max_minutes counts: without
+--jobs at a time with an equal share of the cores each, so equally disturbed ones. Seconds are those that --max_minutes counts: without
 start-up and validation. The last line is JSON.
 """
 
