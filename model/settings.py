@@ -12,7 +12,7 @@ from model.errors import UserError
 PRETRAINING_ONLY = ("short_rows_share", "short_rows")  # fields of TrainingSettings: conversations stay whole
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 # The learning rate times the width, docs/recipe.md: of pretraining, and of fine-tuning all weights.
-RATE_TIMES_WIDTH, SFT_RATE_TIMES_WIDTH = 0.5, 0.25
+RATE_TIMES_WIDTH, SFT_RATE_TIMES_WIDTH = 0.3, 0.25
 AUTO = "auto"  # as a batch size: what fits
 ROWS_OF_A_STEP = 64  # on a GPU, over all ranks, where neither --batch_size nor --accumulation_steps says otherwise
 
@@ -132,7 +132,7 @@ class TrainingSettings(Checked):
         None, "forward passes per step (default: 1; with --batch_size auto what makes a step of 64 rows)", int, least=1
     )
     learning_rate: float = flag(
-        None, "AdamW's peak (default: {default})", float, least=0, unset="0.5 / --dim; in 3-full_sft.py 0.25 / --dim"
+        None, "AdamW's peak (default: {default})", float, least=0, unset="0.3 / --dim; in 3-full_sft.py 0.25 / --dim"
     )
     rate_times_width: float = RATE_TIMES_WIDTH  # no flag: the stage's
     muon_learning_rate: float = flag(None, "peak for Muon's matrices (default: 10 x --learning_rate)", float, least=0)

@@ -296,7 +296,7 @@ def test_no_flag_that_does_nothing(parser):
 def test_help_shows_the_defaults_that_hold(parser):
     help_text = " ".join(parser.format_help().split())
     assert "None" not in help_text and "{default}" not in help_text
-    for shown in ("dataset/x.csv", "default: 0.5 / --dim", "default: 2;", "default: project", "default: 1337", "5 %"):
+    for shown in ("dataset/x.csv", "default: 0.3 / --dim", "default: 2;", "default: project", "default: 1337", "5 %"):
         assert shown in help_text
 
 
