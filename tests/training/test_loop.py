@@ -219,6 +219,13 @@ def test_schedule_falls_in_a_line_to_zero_in_the_share_that_is_for_it():
     assert Schedule(math.inf, 0, 100.0, decay_share=0.25).factor(7, 90.0) == pytest.approx(0.4)
 
 
+def test_the_flags_of_the_schedule_reach_it():
+    settings = TrainingSettings(max_steps=100, warmup_iters=0, decay_share=0.5, schedule="cosine")
+    schedule = make_schedule(settings.resolved(torch.device("cpu"), 1), 1000)
+    assert [schedule.factor(step) for step in (0, 50)] == [1, 1]
+    assert schedule.factor(75) == pytest.approx(0.55) and schedule.factor(100) == pytest.approx(0.1)
+
+
 def test_schedule_by_time_warms_up_then_follows_the_clock():
     settings = TrainingSettings(max_minutes=10, schedule="cosine").resolved(torch.device("cpu"), 1)
     schedule = make_schedule(settings, steps_per_epoch=1000)
@@ -361,6 +368,13 @@ def test_adamw_is_the_one_written_out(tokenizer):
         optimizer.step()
     for parameter, wanted in zip(parameters, expected):
         assert torch.allclose(parameter, wanted, atol=1e-6)
+
+
+def test_beta1_is_muons_momentum_too(tokenizer):
+    model, settings = make_model(tokenizer, "--optimizer", "muon", "--beta1", 0.7, "--beta2", 0.6)
+    muon, adamw = build_optimizers(model, settings)
+    assert [group["momentum"] for group in muon.param_groups] == [0.7]
+    assert {group["betas"] for group in adamw.param_groups} == {(0.7, 0.6)}
 
 
 def test_muon_missing_is_one_line(monkeypatch, tokenizer):
