@@ -37,7 +37,7 @@ ORIGINAL = (
     "--dtype float32 --optimizer adamw --learning_rate 2e-4 --embedding_rate_factor 1 --beta2 0.999 --weight_decay 0 "
     "--schedule cosine --warmup_iters 0 --batch_size 8 --accumulation_steps 1 --short_rows_share 0"
 )
-# What is tried -> what it changes in the defaults: flags, with {half} and {double} the default rate, or after "try" one of the
+# What is tried -> what it changes in the defaults: flags, with {half} and {double} the default rate and {adamw} 1 / dim, or after "try" one of the
 # ALTERNATIVES, which are worth no flag.
 SEARCH = {
     "pretrain": {
@@ -45,13 +45,13 @@ SEARCH = {
         "the original's": ORIGINAL,
         # The road from the one to the other, each with what those above it changed.
         "+ bfloat16": ORIGINAL.replace("--dtype float32 ", ""),
-        "+ ten times the rate, warm-up, weight decay, beta2 0.95": "--optimizer adamw --embedding_rate_factor 1 "
+        "+ the default's rate, warm-up, weight decay, beta2": "--optimizer adamw --embedding_rate_factor 1 "
         "--schedule cosine --short_rows_share 0",
         "+ Muon": "--embedding_rate_factor 1 --schedule cosine --short_rows_share 0",
         "+ linear to zero": "--embedding_rate_factor 1 --short_rows_share 0",
         "+ embedding ten times as fast": "--short_rows_share 0",
         # Each alone.
-        "AdamW, tuned": "--optimizer adamw --learning_rate {double} --embedding_rate_factor 1.5 --batch_size 4",
+        "AdamW, tuned": "--optimizer adamw --learning_rate {adamw} --embedding_rate_factor 1.5 --batch_size 4",
         "rates halved": "--learning_rate {half}",
         "rates doubled": "--learning_rate {double}",
         "embedding as slow as the rest": "--embedding_rate_factor 1",
@@ -244,7 +244,7 @@ def search(args):
     """The table of SEARCH[args.stage], printed; returns it as {row: numbers}."""
     rate = (RATE_TIMES_WIDTH if args.stage == "pretrain" else SFT_RATE_TIMES_WIDTH) / args.dim
     wanted = {
-        name: changes.format(half=f"{rate / 2:.2g}", double=f"{2 * rate:.2g}")
+        name: changes.format(half=f"{rate / 2:.2g}", double=f"{2 * rate:.2g}", adamw=f"{1 / args.dim:.2g}")
         for name, changes in SEARCH[args.stage].items()
         if not args.only or any(part in name for part in args.only)
     }
