@@ -39,8 +39,8 @@ def counted(state, bucket):
     seen["reductions"] += 1
     return allreduce_hook(None, bucket)
 
-def watched(model, device_ids):
-    wrapped = parallel(model, device_ids)
+def watched(model, device_ids, **options):
+    wrapped = parallel(model, device_ids, **options)
     wrapped.register_comm_hook(None, counted)
     return wrapped
 
