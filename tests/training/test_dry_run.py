@@ -76,6 +76,13 @@ def test_learned_tokens_are_those_with_a_label(sft_csv, tmp_path, tokenizer):
     assert dry_run.data(run)["learned"] == run.train_loader.dataset.num_targets < run.train_loader.dataset.num_tokens
 
 
+def test_memory_is_told_of_the_longest_row(sft_csv, tmp_path, tokenizer):
+    run = make_trainer(sft_csv, tmp_path, "--max_seq_len", 64, tokenizer=tokenizer, sft=True)
+    data = run.train_loader.dataset
+    lengths = [data[[row]]["labels"].shape[1] for row in range(len(data))]
+    assert lengths[0] < max(lengths) == dry_run.memory(run)["length"]
+
+
 def test_learned_tokens_of_pairs(tmp_path, tokenizer):
     from model.data.dataset import open_preference_data
 
