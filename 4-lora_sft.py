@@ -1,7 +1,7 @@
 """Stage 4, LoRA: a chat model learns a manner or a subject in a small adapter, while its own weights stay as they are.
 
-Beside every chosen matrix stand two narrow ones, a few hundredths of its size, and only these are trained. The file is small,
-one base can carry many adapters, and without the adapter the model answers as before.
+Beside every chosen matrix stand two narrow ones, a few hundredths of its size, and only these are trained. The file is
+small, one base can carry many adapters, and without the adapter the model answers as before.
 
 reads   dataset/sft_data.csv (columns history, q, a) and out/multi_chat/full_sft_<dim>[_moe].pth, else the single-turn one
 writes  out/lora_<name>_<dim>[_moe].pth, the adapter alone, the same .json and .resume.pth, out/logs/*.jsonl

@@ -22,8 +22,9 @@ from model.files import atomic_write
 from model.stages import STAGES
 
 MODEL = "--preset minimind-tiny"
-# Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Few rows a step: with few tokens to
-# see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came before.
+# Checkpoint of a stage -> the stage, its file in the data folder, and what it is trained with. Few rows a step: with few
+# tokens to see, more steps teach more than smoother ones. Later rounds learn slower, so that they forget less of what came
+# before.
 RECIPE = {
     "pretrain": (
         "pretrain", "pretrain_data.csv", "--learning_rate 3e-3 --embedding_rate_factor 2 --epochs 1 --batch_size 4",

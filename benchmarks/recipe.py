@@ -7,8 +7,8 @@
 The first trains one model by the original's recipe, written as flags of 1-pretrain.py (ORIGINAL, below), for --seconds, and
 the same one by the defaults for a sixteenth of that. It differs from the original in one thing that helps it: its rows are
 packed, where the original's were padded to 512 tokens. --search trains once for each row of its table and each of --seeds,
---jobs at a time with an equal share of the cores each, so equally disturbed ones. Seconds are those that --max_minutes counts: without
-start-up and validation. The last line is JSON.
+--jobs at a time with an equal share of the cores each, so equally disturbed ones. Seconds are those that --max_minutes
+counts: without start-up and validation. The last line is JSON.
 """
 
 import argparse
@@ -37,8 +37,8 @@ ORIGINAL = (
     "--dtype float32 --optimizer adamw --learning_rate 2e-4 --embedding_rate_factor 1 --beta2 0.999 --weight_decay 0 "
     "--schedule cosine --warmup_iters 0 --batch_size 8 --accumulation_steps 1 --short_rows_share 0"
 )
-# What is tried -> what it changes in the defaults: flags, with {half} and {double} the default rate and {adamw} 1 / dim, or after "try" one of the
-# ALTERNATIVES, which are worth no flag.
+# What is tried -> what it changes in the defaults: flags, with {half} and {double} the default rate and {adamw} 1 / dim, or
+# after "try" one of the ALTERNATIVES, which are worth no flag.
 SEARCH = {
     "pretrain": {
         "defaults": "",

@@ -312,10 +312,14 @@ def read_log(path):
     """The records of a training log, which has a step at least."""
     from model.training import reports
 
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
     try:
         records = reports.read_log(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a training log ({error})") from None
+    if not records:
+        raise UserError(f"{path}: not a training log")
     if not any("loss" in record for record in records):
         raise UserError(f"{path}: no step in it yet")
     return records

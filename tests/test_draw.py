@@ -145,4 +145,9 @@ def test_a_log_without_validations_or_steps(tmp_path):
     with open(tmp_path / "0.jsonl", "w") as log:  # of a run that was killed while it wrote
         log.writelines(json.dumps(record) + "\n" for record in TOKENS[1:3])
         log.write('{"step": 99, "lo')
-    assert runpy.run_path(str(ROOT / "images" / "draw.py"))["read_log"](tmp_path / "0.jsonl") == TOKENS[1:3]
+    read_log = runpy.run_path(str(ROOT / "images" / "draw.py"))["read_log"]
+    assert read_log(tmp_path / "0.jsonl") == TOKENS[1:3]
+    (tmp_path / "notes.md").write_text("# no log")
+    for name, problem in (("none.jsonl", "no such file"), ("notes.md", "not a training log")):
+        with pytest.raises(UserError, match=f"{name}: {problem}"):
+            read_log(tmp_path / name)
