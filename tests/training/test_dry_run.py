@@ -14,7 +14,7 @@ from test_loop import make_trainer, weights
 from conftest import CPU_FLAGS, TINY_FLAGS, assert_one_line_error, files, good, run_two_ranks, save_chat
 from model.checkpoint import load_model
 from model.errors import UserError
-from model.training import dry_run
+from model.training import costs, dry_run
 from model.training.resume import random_state
 
 
@@ -162,6 +162,14 @@ def test_of_a_policy_some_experts_are_at_work_too(run, out, chat_flags, tmp_path
     text = good(run("5-dpo_train.py", *chat_flags, "--use_moe", "--data_path", pairs, "--dry_run"))
     total = sum(sizes.values())
     assert f"parameters: {total:,}, {total - idle:,} of them at work on a token; all of them train" in text
+
+
+def test_what_a_row_leaves_is_counted_without_checkpointing_which_stays_on(pretrain_csv, tmp_path, tokenizer):
+    plain = make_trainer(pretrain_csv, tmp_path, tokenizer=tokenizer)
+    run = make_trainer(pretrain_csv, tmp_path, "--gradient_checkpointing", tokenizer=tokenizer)
+    run.model.eval()
+    assert costs.counted_activations(run, 0) == costs.counted_activations(plain, 0)
+    assert all(layer.gradient_checkpointing for layer in run.model.layers) and not run.model.training
 
 
 def test_what_is_frozen_beside_the_model_has_no_copy_in_16_bits(pretrain_csv, tmp_path, tokenizer, monkeypatch):
