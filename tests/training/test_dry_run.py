@@ -110,6 +110,9 @@ def test_minutes_tell_how_many_steps_fit(pretrain_csv, tmp_path, tokenizer):
     assert found["fitting"] == found["steps"] == int(60 / step) and found["seconds"] <= 60
     run.state.step, run.state.train_seconds = 7, 45.0  # of a run that goes on
     assert dry_run.duration(run, measured)["steps"] == int(15 / step)
+    assert dry_run.duration(run, dict(measured, seconds=66.0))["steps"] == int(
+        15 / (11 * step)
+    )  # fewer than three may be left
     run.state.step, run.state.train_seconds = 0, 0.0
     with pytest.raises(
         UserError, match=r"--max_minutes 1: is less than three steps take here, 66 s; give 1.21 or more"
