@@ -97,9 +97,12 @@ def test_the_steps_it_measures_are_the_runs_own(pretrain_csv, tmp_path, tokenize
     run = make_trainer(pretrain_csv, tmp_path, "--accumulation_steps", 2, tokenizer=tokenizer)
     clock, steps, train_step = iter(range(0, 1000, 10)), [], run.train_step
     monkeypatch.setattr(dry_run.time, "perf_counter", lambda: next(clock))
-    run.train_step = lambda batches, window: steps.append(len(batches)) or train_step(batches, window)
+    run.train_step = lambda batches, window: (
+        steps.append((len(batches), run.model.training)) or train_step(batches, window)
+    )
+    run.model.eval()
     _, measured = dry_run.measure(run)
-    assert steps == [2] * 4 and measured["seconds"] == 30 and measured["tokens"] == 3 * 2 * 4 * 32
+    assert steps == [(2, True)] * 4 and measured["seconds"] == 30 and measured["tokens"] == 3 * 2 * 4 * 32
 
 
 def test_minutes_tell_how_many_steps_fit(pretrain_csv, tmp_path, tokenizer):
